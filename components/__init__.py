@@ -1,0 +1,1 @@
+"""Plain PyTorch and polars: the methods of sidflow, without Flyte and without MLflow."""

@@ -1,0 +1,555 @@
+"""The nouns of sidflow: frozen in memory, a directory of parquet and safetensors on disk.
+
+A data frame field ``f`` is ``f.parquet``, a dict of tensors ``f.safetensors``, an artefact a folder ``f``;
+everything else stands in ``manifest.json`` beside kind, format version, digests and provenance.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import polars as pl
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from components.config import require
+
+FORMAT_VERSION = 1
+
+
+class ArtifactError(ValueError):
+    """A folder is no artefact, another kind or version of one, damaged, or does not fit its partner."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artefact came from. Not part of its fingerprint: equal content is equal, whoever made it."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parents: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    git: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """Base of all artefacts: saving, strict loading and the fingerprint, once for every kind."""
+
+    SCHEMAS: ClassVar[dict[str, pl.Schema]] = {}
+    provenance: Provenance = field(default_factory=Provenance, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, schema in self.SCHEMAS.items():
+            found = getattr(self, name).schema
+            if found != schema:
+                raise ArtifactError(
+                    f"{self.kind()}.{name}: wants columns {dict(schema)}, got {dict(found)}"
+                )
+        self.check()
+
+    def check(self) -> None:
+        """Check the kind's invariants; raise ``ArtifactError`` or ``ValueError`` naming the row and the rule."""
+
+    @classmethod
+    def kind(cls) -> str:
+        """Name of the kind, as the manifest and error messages spell it."""
+        return cls.__name__
+
+    @cached_property
+    def _payload(self) -> dict[str, bytes]:
+        """Map file names to bytes for frames and tensors; the writers are byte-stable."""
+        files = {}
+        for name, value in self._values().items():
+            if isinstance(value, pl.DataFrame):
+                buffer = BytesIO()
+                value.write_parquet(buffer, compression="zstd", statistics=False)
+                files[f"{name}.parquet"] = buffer.getvalue()
+            elif _is_tensors(value):
+                files[f"{name}.safetensors"] = safetensors.torch.save(
+                    {k: v.detach().contiguous().cpu() for k, v in sorted(value.items())}
+                )
+        return files
+
+    def _values(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
+
+    def _parts(self) -> dict[str, "Artifact"]:
+        return {name: value for name, value in self._values().items() if isinstance(value, Artifact)}
+
+    @cached_property
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind(),
+            "format_version": FORMAT_VERSION,
+            "fields": {
+                name: value
+                for name, value in self._values().items()
+                if not isinstance(value, pl.DataFrame | Artifact) and not _is_tensors(value)
+            },
+            "digests": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self._payload.items())},
+            "parts": {name: part.fingerprint for name, part in sorted(self._parts().items())},
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 over payload and small fields; equal content gives equal fingerprints on every machine."""
+        return hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the artefact to a new folder, all or nothing.
+
+        The files are written and synced beside the target and renamed into place, so a crash or a full disk
+        leaves no folder that could be read by mistake.
+
+        Raises
+        ------
+        ArtifactError
+            The folder holds something already.
+        OSError
+            The disk is full or not writable; nothing stands at ``folder``.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ArtifactError(f"{folder}: will not overwrite what stands there; name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            self._write(draft)
+            draft.rename(folder)
+        except BaseException as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise ArtifactError(f"{folder}: another process wrote there first; name a new folder") from error
+            raise
+        _sync(folder.parent)
+
+    def _write(self, folder: Path) -> None:
+        for name, data in self._payload.items():
+            _write_synced(folder / name, data)
+        for name, part in self._parts().items():
+            (folder / name).mkdir()
+            part._write(folder / name)
+        provenance = {f.name: getattr(self.provenance, f.name) for f in fields(Provenance)}
+        manifest = self._manifest | {"fingerprint": self.fingerprint, "provenance": provenance}
+        _write_synced(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True, default=dict).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read an artefact of this kind back, checking kind, version, every digest and every invariant.
+
+        Raises
+        ------
+        ArtifactError
+            No artefact, another kind, another format version, or a file that was changed after it was written.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest["kind"] != cls.kind():
+            raise ArtifactError(f"{folder}: holds a {manifest['kind']}, a {cls.kind()} is wanted here")
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{folder}: format version {manifest['format_version']}, this sidflow reads {FORMAT_VERSION}; "
+                "run the stage that made it again"
+            )
+        values = dict(manifest["fields"])
+        for name, digest in manifest["digests"].items():
+            try:
+                data = (folder / name).read_bytes()
+            except FileNotFoundError:
+                raise ArtifactError(f"{folder}: {name} is missing; the copy is incomplete") from None
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ArtifactError(f"{folder}: {name} is not what was written (digest differs)")
+            stem, suffix = name.rsplit(".", 1)
+            values[stem] = pl.read_parquet(BytesIO(data)) if suffix == "parquet" else safetensors.torch.load(data)
+        annotations = {f.name: f.type for f in fields(cls)}
+        for name in manifest["parts"]:
+            values[name] = annotations[name].load(folder / name)
+        unknown = sorted(values.keys() ^ (annotations.keys() - {"provenance"}))
+        if unknown:
+            raise ArtifactError(f"{folder}: manifest and {cls.kind()} disagree on the fields {unknown}")
+        artifact = cls(**values, provenance=Provenance(**manifest["provenance"]))
+        if artifact.fingerprint != manifest["fingerprint"]:
+            raise ArtifactError(f"{folder}: manifest.json was changed after it was written (fingerprint differs)")
+        return artifact
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read an artefact's manifest without its payload.
+
+    Raises
+    ------
+    ArtifactError
+        The folder is missing or holds no artefact.
+    """
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder}: no artefact here (no manifest.json)") from None
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}: not valid JSON: {error}") from error
+    missing = {"kind", "format_version", "fields", "digests", "parts", "fingerprint", "provenance"} - set(manifest)
+    if missing:
+        raise ArtifactError(f"{path}: not a sidflow manifest, {sorted(missing)} are missing")
+    return dict(manifest)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionLog(Artifact):
+    """Who met what, in order. Ids are dense from 0; rows are sorted by user and position.
+
+    ``sources`` lists the raw files as ``{"name", "sha256", "bytes"}``; ``statistics`` what ingestion kept and dropped.
+    """
+
+    SCHEMAS = {
+        "events": pl.Schema(
+            {
+                "user_id": pl.UInt32,
+                "item_id": pl.UInt32,
+                "position": pl.UInt32,
+                "timestamp": pl.Int64,
+                "rating": pl.Float32,
+            }
+        ),
+        "users": pl.Schema({"user_id": pl.UInt32, "raw_id": pl.String}),
+    }
+    events: pl.DataFrame
+    users: pl.DataFrame
+    sources: list[dict[str, Any]]
+    statistics: dict[str, Any]
+
+    def check(self) -> None:
+        """Dense ids, sorted rows, positions from 0 in every user, times that never fall."""
+        events = self.events
+        require(len(events) > 0, "InteractionLog.events is empty")
+        dense = events["user_id"].unique().sort()
+        require(
+            len(dense) == len(self.users) and dense[-1] == len(dense) - 1,
+            f"InteractionLog: {len(dense)} users have events, {len(self.users)} are named; ids must be dense from 0",
+        )
+        step = events.select(
+            user=pl.col("user_id").cast(pl.Int64).diff(),
+            position=pl.col("position").cast(pl.Int64).diff(),
+            time=pl.col("timestamp").diff(),
+            first=pl.col("position"),
+        ).with_row_index("row")
+        starts = (pl.col("user") == 1) & (pl.col("first") == 0)
+        goes_on = (pl.col("user") == 0) & (pl.col("position") == 1) & (pl.col("time").fill_null(0) >= 0)
+        wrong = step.slice(1).filter(~(starts | goes_on))
+        if len(wrong) or events["position"][0] != 0:
+            row = wrong["row"][0] if len(wrong) else 0
+            raise ArtifactError(
+                f"InteractionLog.events row {row}: rows go by user, position counts from 0, times never fall"
+            )
+
+    @property
+    def num_users(self) -> int:
+        """Number of users."""
+        return len(self.users)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemCatalog(Artifact):
+    """One row an item, in the order of ``item_id``. ``text`` is what embeddings read."""
+
+    SCHEMAS = {
+        "items": pl.Schema(
+            {
+                "item_id": pl.UInt32,
+                "raw_id": pl.String,
+                "title": pl.String,
+                "brand": pl.String,
+                "categories": pl.List(pl.String),
+                "text": pl.String,
+            }
+        )
+    }
+    items: pl.DataFrame
+
+    def check(self) -> None:
+        """Row number is the item id, raw ids are unique."""
+        require(len(self.items) > 0, "ItemCatalog.items is empty")
+        _check_row_is_item("ItemCatalog.items", self.items)
+        duplicated = self.items.filter(self.items["raw_id"].is_duplicated())
+        require(not len(duplicated), f"ItemCatalog.items: raw_id {duplicated['raw_id'].head(3).to_list()} occurs twice")
+
+    @property
+    def num_items(self) -> int:
+        """Number of items."""
+        return len(self.items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentEmbeddings(Artifact):
+    """Content vectors; ``vectors["vectors"]`` is (n_items, dim) float32, its row the item id."""
+
+    vectors: dict[str, Tensor]
+    encoder: str
+    revision: str
+    normalised: bool
+    catalog: str
+
+    def check(self) -> None:
+        """Two axes, float32, finite."""
+        x = self.vectors.get("vectors")
+        require(
+            x is not None and x.ndim == 2 and x.dtype == torch.float32 and x.numel() > 0,
+            "ContentEmbeddings wants one float32 tensor 'vectors' of shape (n_items, dim)",
+        )
+        assert x is not None
+        finite = torch.isfinite(x).all(dim=1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise ArtifactError(f"ContentEmbeddings row {row}: a vector must be finite; {int((~finite).sum())} are not")
+
+    @property
+    def matrix(self) -> Tensor:
+        """The vectors, (n_items, dim) float32."""
+        return self.vectors["vectors"]
+
+
+SEQUENCE = pl.Schema({"user_id": pl.UInt32, "sequence": pl.List(pl.UInt32)})
+HELD_OUT = pl.Schema({"user_id": pl.UInt32, "history": pl.List(pl.UInt32), "target": pl.UInt32})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSplit(Artifact):
+    """Training sequences, oldest first and one row a user, and one held-out target a user for valid and test.
+
+    Every training event after a user's first is a training target, so prefixes are not written out.
+    ``log`` and ``catalog`` are fingerprints.
+    """
+
+    SCHEMAS = {"train": SEQUENCE, "valid": HELD_OUT, "test": HELD_OUT}
+    train: pl.DataFrame
+    valid: pl.DataFrame
+    test: pl.DataFrame
+    num_items: int
+    protocol: str
+    log: str
+    catalog: str
+
+    def check(self) -> None:
+        """Known items only, no empty history, one row a user."""
+        for name, ids in (("train", "sequence"), ("valid", "history"), ("test", "history")):
+            frame: pl.DataFrame = getattr(self, name)
+            require(len(frame) > 0, f"SequenceSplit.{name} is empty")
+            require(frame["user_id"].is_unique().all(), f"SequenceSplit.{name}: one row a user")
+            empty = frame.filter(pl.col(ids).list.len() == 0)
+            require(not len(empty), f"SequenceSplit.{name}: user {empty['user_id'].to_list()[:1]} has no {ids}")
+            highest = max(int(x) for x in (frame[ids].list.max().max(), frame.get_column(frame.columns[-1]).explode().max()))
+            require(highest < self.num_items, f"SequenceSplit.{name}: item {highest} of {self.num_items}")
+
+    @property
+    def num_training_targets(self) -> int:
+        """Number of (prefix, next item) pairs in the training sequences."""
+        return int((self.train["sequence"].list.len().cast(pl.Int64) - 1).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerCheckpoint(Artifact):
+    """Weights of a tokenizer and the configuration that rebuilds it; ``embeddings`` is a fingerprint."""
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    input_dim: int
+    embeddings: str
+    steps: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SidTable(Artifact):
+    """Item to semantic ID: content codes of any length up to ``len(codebook_sizes)``, closed by a suffix.
+
+    ``suffix`` tells items of equal codes apart and ends every string; its symbols have a range of their own
+    of ``suffix_size``, so strings are unique and none is the beginning of another.
+    ``tokenizer`` is the fingerprint of the checkpoint that made the codes.
+    """
+
+    SCHEMAS = {"codes": pl.Schema({"item_id": pl.UInt32, "codes": pl.List(pl.UInt16), "suffix": pl.UInt16})}
+    codes: pl.DataFrame
+    codebook_sizes: list[int]
+    suffix_size: int
+    shared: bool
+    tokenizer: str
+
+    def check(self) -> None:
+        """Codes inside their codebook, suffixes inside their range, every (codes, suffix) once."""
+        frame = self.codes
+        _check_row_is_item("SidTable.codes", frame)
+        lengths = frame["codes"].list.len()
+        require(
+            bool(((lengths > 0) & (lengths <= len(self.codebook_sizes))).all()),
+            f"SidTable: an item has between 1 and {len(self.codebook_sizes)} codes",
+        )
+        for level, size in enumerate(self.codebook_sizes):
+            highest = frame["codes"].list.get(level, null_on_oob=True).max()
+            require(
+                highest is None or int(highest) < size,
+                f"SidTable: code {highest} on level {level + 1}, the codebook has {size}",
+            )
+        top = int(frame["suffix"].max())  # type: ignore[arg-type]
+        require(
+            top < self.suffix_size,
+            f"SidTable: suffix {top} is outside suffix_size {self.suffix_size}: raise suffix_size, or use more codes",
+        )
+        twice = frame.filter(frame.select("codes", "suffix").is_duplicated())
+        if len(twice):
+            row = twice.row(0, named=True)
+            raise ArtifactError(f"SidTable: item {row['item_id']} shares SID {row['codes']}+{row['suffix']} with another")
+
+    @property
+    def num_items(self) -> int:
+        """Number of items."""
+        return len(self.codes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommenderCheckpoint(Artifact):
+    """Weights of a recommender; ``sids`` is the fingerprint of the only table that it can be used with."""
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    sids: str
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+
+    def check_sids(self, table: SidTable) -> None:
+        """Refuse a table of another epoch or another tokenizer."""
+        if table.fingerprint != self.sids:
+            raise ArtifactError(
+                f"RecommenderCheckpoint was trained with SidTable {self.sids[:12]}, got {table.fingerprint[:12]}: "
+                "its symbols mean other items; take tokenizer, table and recommender of the same run"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(Artifact):
+    """One rank a user, and the metrics that follow from the ranks.
+
+    ``ranks``: rank from 1, or null beyond the list; ``seen`` is "kept" or "excluded".
+    ``metrics``: value with its 95 % interval, by method, seen, slice and metric name (``R@10``).
+    """
+
+    SCHEMAS = {
+        "ranks": pl.Schema(
+            {
+                "method": pl.String,
+                "seen": pl.String,
+                "user_id": pl.UInt32,
+                "target": pl.UInt32,
+                "rank": pl.UInt32,
+            }
+        ),
+        "metrics": pl.Schema(
+            {
+                "method": pl.String,
+                "seen": pl.String,
+                "slice": pl.String,
+                "metric": pl.String,
+                "value": pl.Float64,
+                "low": pl.Float64,
+                "high": pl.Float64,
+            }
+        ),
+    }
+    ranks: pl.DataFrame
+    metrics: pl.DataFrame
+    split: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollisionReport(Artifact):
+    """How well a SID table uses its codes, and who shares them.
+
+    ``groups``: items of equal content codes, largest first. ``usage``: items by level and code.
+    ``levels``: figures by level; ``bands`` says in words what each figure means.
+    """
+
+    SCHEMAS = {
+        "groups": pl.Schema(
+            {"codes": pl.List(pl.UInt16), "size": pl.UInt32, "item_ids": pl.List(pl.UInt32), "texts": pl.List(pl.String)}
+        ),
+        "usage": pl.Schema({"level": pl.UInt8, "code": pl.UInt16, "count": pl.UInt32}),
+        "levels": pl.Schema(
+            {
+                "level": pl.UInt8,
+                "codebook_size": pl.UInt32,
+                "codes_in_use": pl.UInt32,
+                "perplexity": pl.Float64,
+                "entropy": pl.Float64,
+                "prefixes": pl.UInt32,
+                "perplexity_in_prefix": pl.Float64,
+                "largest_share": pl.Float64,
+            }
+        ),
+    }
+    groups: pl.DataFrame
+    usage: pl.DataFrame
+    levels: pl.DataFrame
+    figures: dict[str, float]
+    bands: dict[str, str]
+    verdict: str
+    sids: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle(Artifact):
+    """All that serving needs: encoder choice, tokenizer, table, recommender and the items' raw ids and titles."""
+
+    catalog: ItemCatalog
+    tokenizer: TokenizerCheckpoint
+    sids: SidTable
+    recommender: RecommenderCheckpoint
+    encoder: dict[str, Any]
+
+    def check(self) -> None:
+        """The parts were made for one another."""
+        self.recommender.check_sids(self.sids)
+        if self.sids.tokenizer != self.tokenizer.fingerprint:
+            raise ArtifactError(
+                f"Bundle: the SidTable came from tokenizer {self.sids.tokenizer[:12]}, "
+                f"got tokenizer {self.tokenizer.fingerprint[:12]}"
+            )
+        require(
+            self.sids.num_items == self.catalog.num_items,
+            f"Bundle: {self.sids.num_items} SIDs for {self.catalog.num_items} items",
+        )
+
+
+def _check_row_is_item(name: str, frame: pl.DataFrame) -> None:
+    wrong = frame.with_row_index("row").filter(pl.col("row") != pl.col("item_id"))
+    if len(wrong):
+        raise ArtifactError(f"{name} row {wrong['row'][0]}: holds item {wrong['item_id'][0]}, row number is item id")
