@@ -309,6 +309,20 @@ class ItemCatalog(Artifact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContentEncoder(Artifact):
+    """What turns item text into vectors: fitted LSA weights, or the name of a model that brings its own.
+
+    ``vocabulary`` is empty and ``weights["projection"]`` has no elements where nothing was fitted.
+    """
+
+    SCHEMAS = {"vocabulary": pl.Schema({"term": pl.String, "idf": pl.Float64})}
+    vocabulary: pl.DataFrame
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    catalog: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContentEmbeddings(Artifact):
     """Content vectors; ``vectors["vectors"]`` is (n_items, dim) float32, its row the item id."""
 
@@ -491,6 +505,32 @@ class EvaluationReport(Artifact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison(Artifact):
+    """Methods side by side on the same users, and their paired differences with 95 % intervals.
+
+    ``differences``: ``method`` minus ``baseline``, user by user.
+    """
+
+    SCHEMAS = {
+        "metrics": EvaluationReport.SCHEMAS["metrics"],
+        "differences": pl.Schema(
+            {
+                "method": pl.String,
+                "baseline": pl.String,
+                "seen": pl.String,
+                "metric": pl.String,
+                "difference": pl.Float64,
+                "low": pl.Float64,
+                "high": pl.Float64,
+            }
+        ),
+    }
+    metrics: pl.DataFrame
+    differences: pl.DataFrame
+    reports: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollisionReport(Artifact):
     """How well a SID table uses its codes, and who shares them.
 
@@ -527,13 +567,13 @@ class CollisionReport(Artifact):
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle(Artifact):
-    """All that serving needs: encoder choice, tokenizer, table, recommender and the items' raw ids and titles."""
+    """All that serving needs: encoder, tokenizer, table, recommender and the items' raw ids and titles."""
 
     catalog: ItemCatalog
     tokenizer: TokenizerCheckpoint
     sids: SidTable
     recommender: RecommenderCheckpoint
-    encoder: dict[str, Any]
+    encoder: ContentEncoder
 
     def check(self) -> None:
         """The parts were made for one another."""
