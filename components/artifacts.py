@@ -48,6 +48,12 @@ class Artifact:
     SCHEMAS: ClassVar[dict[str, pl.Schema]] = {}
     provenance: Provenance = field(default_factory=Provenance, compare=False)
 
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = Artifact.__repr__  # type: ignore[method-assign]  # dataclass would write out the payload
+
+    def __repr__(self) -> str:
+        return f"{self.kind()}(fingerprint={self.fingerprint[:16]!r})"
+
     def __post_init__(self) -> None:
         for name, schema in self.SCHEMAS.items():
             found = getattr(self, name).schema
@@ -105,6 +111,12 @@ class Artifact:
         """Sha256 over payload and small fields; equal content gives equal fingerprints on every machine."""
         return hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """All that ``manifest.json`` holds: everything but frames and tensors."""
+        provenance = {f.name: getattr(self.provenance, f.name) for f in fields(Provenance)}
+        return self._manifest | {"fingerprint": self.fingerprint, "provenance": provenance}
+
     def save(self, folder: Path) -> None:
         """Write the artefact to a new folder, all or nothing.
 
@@ -139,9 +151,8 @@ class Artifact:
         for name, part in self._parts().items():
             (folder / name).mkdir()
             part._write(folder / name)
-        provenance = {f.name: getattr(self.provenance, f.name) for f in fields(Provenance)}
-        manifest = self._manifest | {"fingerprint": self.fingerprint, "provenance": provenance}
-        _write_synced(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True, default=dict).encode())
+        text = json.dumps(self.manifest, indent=1, sort_keys=True, default=dict)
+        _write_synced(folder / "manifest.json", text.encode())
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -348,6 +359,36 @@ class ContentEmbeddings(Artifact):
     @property
     def matrix(self) -> Tensor:
         """The vectors, (n_items, dim) float32."""
+        return self.vectors["vectors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingShard(Artifact):
+    """Part ``shard`` of ``num_shards`` of the content vectors: (rows, dim) float32, its first row item ``start``.
+
+    ``catalog`` and ``encoder`` are fingerprints of what was encoded and with what.
+    """
+
+    vectors: dict[str, Tensor]
+    shard: int
+    num_shards: int
+    start: int
+    catalog: str
+    encoder: str
+
+    def check(self) -> None:
+        """A place among the shards, two axes, float32, at least one row."""
+        require(0 <= self.shard < self.num_shards, f"EmbeddingShard {self.shard} of {self.num_shards}: count from 0")
+        x = self.vectors.get("vectors")
+        require(
+            x is not None and x.ndim == 2 and x.dtype == torch.float32 and x.numel() > 0,
+            f"EmbeddingShard {self.shard} of {self.num_shards} wants one float32 tensor 'vectors' of shape (rows, dim) "
+            "that is not empty; encode this shard again",
+        )
+
+    @property
+    def matrix(self) -> Tensor:
+        """The vectors, (rows, dim) float32."""
         return self.vectors["vectors"]
 
 

@@ -5,11 +5,15 @@ S = L + 1 steps of a SID (its codes, then the suffix), K codes of a codebook, Z 
 V symbols (all codes of all levels, then all suffixes), W beams.
 """
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from components.artifacts import SidTable
+
+if TYPE_CHECKING:
+    from components.tokenizers.trie import PrefixTrie
 
 
 class SymbolSpace(NamedTuple):
@@ -68,15 +72,35 @@ class Quantized(NamedTuple):
     """Unweighted scalars: ``codebook``, ``commitment`` and ``latent_reconstruction``."""
 
 
+class BatchTokens(NamedTuple):
+    """The tokens of a batch's unique items, once for each way in which they enter the loss.
+
+    Gradient reaches the codes through those that carry weights: the three paths are three switches.
+    """
+
+    history: ItemTokens
+    """Read as context."""
+    forced: ItemTokens
+    """Read as the known beginning of the item being written (teacher forcing)."""
+    target: ItemTokens
+    """Predicted."""
+
+
 class SequenceBatch(NamedTuple):
     """Histories, left-aligned and padded on the right, and the item that follows each."""
 
+    unique: Tensor
+    """(U,) long, the distinct item ids of the batch, ascending."""
     items: Tensor
-    """(B, T) long, item ids oldest first; padding repeats item 0 and is masked."""
+    """(B, T) long, indices into ``unique``, oldest first; padding repeats the oldest item and is masked."""
     mask: Tensor
     """(B, T) bool, True where there is an item."""
     target: Tensor
-    """(B,) long, item ids."""
+    """(B,) long, indices into ``unique``."""
+
+    def to(self, device: torch.device | str) -> "SequenceBatch":
+        """Return the batch on another device."""
+        return SequenceBatch(*(t.to(device) for t in self))
 
 
 class RecommenderLoss(NamedTuple):
@@ -97,6 +121,27 @@ class Ranking(NamedTuple):
     """(B, k) log-probabilities, -inf beside -1."""
 
 
+class Tokenizer(Protocol):
+    """Content vectors to codes, by residual quantisation of a latent. Every tokenizer is a ``torch.nn.Module``."""
+
+    codebooks: nn.ParameterList
+    """One (K, Z) a level; what joint training moves."""
+    codebook_sizes: list[int]
+    """K of each level."""
+
+    def latents(self, x_ND: Tensor) -> Tensor:
+        """Return the latents (N, Z) that the codebooks quantise; root mean square 1 over the training items."""
+        ...
+
+    def encode(self, x_ND: Tensor) -> Tensor:
+        """Return the nearest codes (N, L) long: level by level on the residual, without noise or gradient."""
+        ...
+
+    def losses(self, x_ND: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the tokenizer's own loss as named, unweighted scalars."""
+        ...
+
+
 class Exploration(Protocol):
     """How much noise an assignment gets. One assignment function serves all kinds."""
 
@@ -115,7 +160,7 @@ class SidSource(Protocol):
 
     space: SymbolSpace
 
-    def tokens(self, item_ids: Tensor) -> ItemTokens:
+    def tokens(self, item_ids: Tensor) -> BatchTokens:
         """Return the tokens of distinct items (U,)."""
         ...
 
@@ -127,10 +172,12 @@ class SidSource(Protocol):
 class Recommender(Protocol):
     """Predict the next item by writing its SID."""
 
-    def loss(self, batch: SequenceBatch, sids: SidSource) -> RecommenderLoss:
-        """Return the training loss of a batch."""
+    def loss(self, batch: SequenceBatch, tokens: BatchTokens) -> RecommenderLoss:
+        """Return the training loss of a batch; ``tokens`` are those of ``batch.unique``."""
         ...
 
-    def rank(self, batch: SequenceBatch, sids: SidSource, k: int) -> Ranking:
-        """Return the k best items of each history, best first."""
+    def rank(
+        self, batch: SequenceBatch, symbols: Tensor, trie: "PrefixTrie", beams: int, *, exclude_seen: bool
+    ) -> Ranking:
+        """Return the ``beams`` best items of each history; ``symbols`` (N, S) are those of the whole table."""
         ...

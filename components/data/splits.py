@@ -1,0 +1,183 @@
+"""Hold out the last events of each user for validation and test; never a later event in a history."""
+
+from typing import Literal
+
+import polars as pl
+from pydantic import Field
+
+from components.artifacts import InteractionLog, ItemCatalog, Provenance, SequenceSplit
+from components.config import Config, require
+from components.data.raw import DataError
+
+
+class SplitConfig(Config):
+    """What is held out."""
+
+    protocol: Literal["leave_one_out", "last_basket"] = "leave_one_out"
+    """Hold out the last event (test) and the last but one (valid), or the first events of the last two
+    baskets, where a basket is all events of a user at one time."""
+    max_history: int = Field(default=50, ge=1)
+    """Most recent events kept of a history in valid and test; training sequences are cut in batches only."""
+
+
+def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> SequenceSplit:
+    """Split a log into training sequences and held-out targets.
+
+    Of a user's sequence v with n events, ``leave_one_out`` gives v[:n-2] for training, (v[:n-2], v[n-2]) for
+    validation and (v[:n-1], v[n-1]) for test, as SASRec, TIGER and their followers do. ``last_basket``
+    predicts the first event of a basket from all earlier baskets: training ends before the last basket but
+    one. Users with fewer than three events, or baskets, are in training only, with their whole sequence.
+
+    Parameters
+    ----------
+    log : InteractionLog
+        The events.
+    catalog : ItemCatalog
+        The items they point to.
+    config : SplitConfig
+        Protocol and history cap.
+
+    Returns
+    -------
+    SequenceSplit
+        Rows in the order of user ids.
+
+    Raises
+    ------
+    ValueError
+        The log has an item that the catalogue lacks.
+    DataError
+        No user has three events (or baskets), or baskets are asked of a log without times.
+
+    References
+    ----------
+    Kang and McAuley, Self-attentive sequential recommendation, ICDM 2018, section IV (leave-one-out).
+    """
+    highest = log.events.select(pl.col("item_id").max()).item()
+    require(
+        highest < catalog.num_items,
+        f"hold_out: the log has item {highest}, the catalogue {catalog.num_items} items; "
+        "take both from one ingestion",
+    )
+    cuts = _last_baskets(log) if config.protocol == "last_basket" else _last_events(log)
+    held = cuts.filter(pl.col("held_out"))
+    if not len(held):
+        unit = "baskets" if config.protocol == "last_basket" else "events"
+        raise DataError(f"hold_out: none of {len(cuts)} users has 3 {unit}; there is nothing to hold out")
+    split = SequenceSplit(
+        train=cuts.select(
+            "user_id",
+            sequence=pl.col("items").list.head(
+                pl.when("held_out").then("valid_at").otherwise(pl.col("items").list.len())
+            ),
+        ),
+        valid=_held_out(held, "valid_at", config.max_history),
+        test=_held_out(held, "test_at", config.max_history),
+        num_items=catalog.num_items,
+        protocol=config.protocol,
+        log=log.fingerprint,
+        catalog=catalog.fingerprint,
+        provenance=Provenance(
+            config=config.model_dump(), parents={"log": log.fingerprint, "catalog": catalog.fingerprint}
+        ),
+    )
+    check_no_leak(log, split)
+    return split
+
+
+def _last_events(log: InteractionLog) -> pl.DataFrame:
+    """One row a user: all items, the positions of the two targets, and whether there are any."""
+    count = pl.len().cast(pl.Int64)
+    return log.events.group_by("user_id", maintain_order=True).agg(
+        items="item_id", valid_at=count - 2, test_at=count - 1, held_out=count >= 3
+    )
+
+
+def _last_baskets(log: InteractionLog) -> pl.DataFrame:
+    """As ``_last_events``; the targets are the first events of the last two baskets."""
+    unknown = log.events["timestamp"].null_count()
+    if unknown:
+        raise DataError(
+            f"hold_out: last_basket needs times, {unknown} of {len(log.events)} events have none; "
+            "use leave_one_out"
+        )
+    # A basket begins at position 0 and wherever the time changes.
+    begins = pl.col("position").cast(pl.Int64).filter(pl.col("timestamp").diff().fill_null(1) != 0)
+    return (
+        log.events.group_by("user_id", maintain_order=True)
+        .agg(items="item_id", begins=begins)
+        .select(
+            "user_id",
+            "items",
+            valid_at=pl.col("begins").list.get(-2, null_on_oob=True),
+            test_at=pl.col("begins").list.get(-1),
+            held_out=pl.col("begins").list.len() >= 3,
+        )
+    )
+
+
+def _held_out(held: pl.DataFrame, at: str, max_history: int) -> pl.DataFrame:
+    items = pl.col("items")
+    return held.select(
+        "user_id",
+        history=items.list.head(pl.col(at)).list.tail(max_history),
+        target=items.list.get(pl.col(at)),
+    )
+
+
+def check_no_leak(log: InteractionLog, split: SequenceSplit) -> None:
+    """Check against the log that no history and no training sequence knows its target or anything after it.
+
+    Training sequences must be the beginning of a user's events; the valid target stands right after it; the
+    test target stands later; a history is what stands right before its target. With ``last_basket`` the
+    target's time is later than its history's.
+
+    Raises
+    ------
+    DataError
+        The split was made of another log, or an event leaks; the message names the split and the user.
+    """
+    if split.log != log.fingerprint:
+        raise DataError(
+            f"check_no_leak: the split is of log {split.log[:12]}, got log {log.fingerprint[:12]}"
+        )
+    users = log.events.group_by("user_id", maintain_order=True).agg(items="item_id")
+    train = users.join(split.train, on="user_id", maintain_order="left").with_columns(
+        train_end=pl.col("sequence").list.len()
+    )
+    _refuse(
+        train.filter(pl.col("sequence") != pl.col("items").list.head("train_end")),
+        "train: is no beginning of",
+    )
+    valid = _target_places(log, train, split.valid, split.protocol).filter(
+        pl.col("position") == pl.col("train_end")
+    )
+    _refuse(
+        split.valid.join(valid, on="user_id", how="anti"), "valid: does not follow on the training events in"
+    )
+    test = _target_places(log, train, split.test, split.protocol).filter(
+        pl.col("position") > pl.col("train_end")
+    )
+    _refuse(
+        split.test.join(test, on="user_id", how="anti"),
+        "test: history and target do not follow on one another in",
+    )
+
+
+def _target_places(
+    log: InteractionLog, train: pl.DataFrame, held: pl.DataFrame, protocol: str
+) -> pl.DataFrame:
+    """Find each position at which a user's log has the target, and right before it the history."""
+    before = pl.col("items").list.head("position").list.tail(pl.col("history").list.len())
+    met = (
+        log.events.with_columns(waited=pl.col("timestamp").diff().over("user_id"))
+        .join(held, left_on=["user_id", "item_id"], right_on=["user_id", "target"], maintain_order="left")
+        .join(train.select("user_id", "items", "train_end"), on="user_id", maintain_order="left")
+        .filter(before == pl.col("history"))
+    )
+    return met.filter(pl.col("waited") > 0) if protocol == "last_basket" else met
+
+
+def _refuse(wrong: pl.DataFrame, rule: str) -> None:
+    if len(wrong):
+        raise DataError(f"leak in {rule} the log of user {wrong['user_id'][0]} ({len(wrong)} users)")

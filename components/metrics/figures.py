@@ -1,0 +1,221 @@
+"""Figures of a run. Each function returns a matplotlib figure of its own and touches no global state."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from components.artifacts import CollisionReport, Comparison
+from components.metrics.sids import group_sizes
+
+# Okabe and Ito's palette: told apart by readers with any kind of colour vision, and in grey.
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, INK, FAINT = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#333333",
+    "#D9D9D9",
+)
+LINES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+MARKS = {"kept": ("o", BLUE), "excluded": ("s", RED)}
+
+
+def loss_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> Figure:
+    """Draw logged numbers over steps, one panel for each group of names.
+
+    A name's group is what stands before its last slash (``perplexity/level_1``); names without one share a panel.
+
+    Parameters
+    ----------
+    history : sequence of (step, values)
+        As logged; not every step has every name.
+
+    Raises
+    ------
+    ValueError
+        Nothing was logged.
+    """
+    rows = [(step, name, float(value)) for step, values in history for name, value in values.items()]
+    if not rows:
+        raise ValueError("no curves: nothing was logged")
+    points = pl.DataFrame(
+        rows, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row"
+    ).with_columns(group=pl.col("name").str.extract(r"^(.*)/[^/]*$").fill_null(""))
+    panels = points.partition_by("group", maintain_order=True, as_dict=True)
+    columns = min(len(panels), 3)
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2 * height), dpi=120, layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False).ravel()
+    for ax, ((group,), panel) in zip(axes, panels.items(), strict=False):
+        curves = panel.partition_by("name", maintain_order=True, as_dict=True)
+        for number, ((name,), curve) in enumerate(curves.items()):
+            curve = curve.sort("step", maintain_order=True)
+            ax.plot(
+                curve["step"],
+                curve["value"],
+                color=LINES[number % len(LINES)],
+                linestyle=("-", "--", ":")[number // len(LINES) % 3],
+                linewidth=1.6,
+                marker="o" if len(curve) <= 25 else None,
+                markersize=3.5,
+                label=str(name).rsplit("/", 1)[-1].replace("_", " "),
+            )
+        _clean(ax, grid="y")
+        ax.set_xlabel("step")
+        title = str(group).replace("_", " ") or ("values" if len(curves) > 1 else "")
+        if len(curves) == 1:
+            title = " ".join(filter(None, (title, str(curves.popitem()[0][0]).rsplit("/", 1)[-1].replace("_", " "))))
+        else:
+            ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+        ax.set_title(title, loc="left", fontsize=10, color=INK)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def code_usage(report: CollisionReport) -> Figure:
+    """Draw how the items spread over the codes of each level, most used code first.
+
+    Colour is the code's load relative to an even spread; codes without items are grey.
+    """
+    levels = report.levels
+    width = int(levels["codebook_size"].max())  # type: ignore[arg-type]
+    load = np.full((len(levels), width), np.nan)
+    for row, usage in enumerate(report.usage.partition_by("level", maintain_order=True)):
+        counts = np.sort(usage["count"].to_numpy())[::-1]
+        load[row, : len(counts)] = counts / max(counts.mean(), 1e-9)
+    unused, absent = load == 0, np.isnan(load)
+
+    figure = Figure(figsize=(9, 1.5 + 0.62 * len(levels)), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    shown = np.ma.masked_where(unused | absent, np.log2(np.where(unused | absent, 1.0, load)))
+    image = ax.imshow(shown, aspect="auto", cmap="cividis", vmin=-3, vmax=3, interpolation="nearest")
+    ax.imshow(
+        np.ma.masked_where(~unused, np.ones_like(load)),
+        aspect="auto",
+        cmap=ListedColormap([FAINT]),
+        interpolation="nearest",
+    )
+    _clean(ax)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set_yticks(range(len(levels)), [f"level {level}" for level in levels["level"]])
+    ax.set_yticks(np.arange(len(levels) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", axis="y", color="white", linewidth=5)
+    ax.tick_params(which="minor", length=0)
+    ax.set_xticks([0, width - 1], ["most used code", "least used"])
+    ax.get_xticklabels()[0].set_horizontalalignment("left")
+    ax.get_xticklabels()[1].set_horizontalalignment("right")
+    for row, level in enumerate(levels.iter_rows(named=True)):
+        ax.text(
+            1.01,
+            row,
+            f"perplexity {level['perplexity']:.1f} of {level['codebook_size']}\n"
+            f"{level['codes_in_use']} codes in use",
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
+    bar = figure.colorbar(image, ax=ax, location="bottom", shrink=0.5, aspect=40, pad=0.06, extend="both")
+    bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["1/8", "1/4", "1/2", "even", "2×", "4×", "8×"])
+    bar.set_label("items of the code, relative to an even spread; grey: no item", fontsize=8, color=INK)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(labelsize=8, length=2, color=INK, labelcolor=INK)
+    ax.set_title("How evenly items spread over the codes", loc="left", fontsize=11, color=INK)
+    return figure
+
+
+def collision_histogram(report: CollisionReport) -> Figure:
+    """Draw how many items share their codes with how many others."""
+    sizes = group_sizes(report)
+    last = int(sizes["size"].max())  # type: ignore[arg-type]
+    starts = [1, 2, 3, 4, *(2**k + 1 for k in range(2, 15))]
+    starts = [start for start in starts if start <= max(last, 2)]
+    ends = [following - 1 for following in starts[1:]] + [max(last, 2)]
+    items = [int(sizes.filter(pl.col("size").is_between(a, b))["items"].sum()) for a, b in zip(starts, ends, strict=True)]
+    total = report.figures["items"]
+
+    figure = Figure(figsize=(7.2, 3.6), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    place = np.arange(len(starts))
+    bars = ax.bar(place, items, width=0.72, color=[BLUE] + [ORANGE] * (len(starts) - 1))
+    ax.bar_label(bars, [f"{count / total:.1%}" for count in items], padding=2, fontsize=8, color=INK)
+    labels = [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True)]
+    ax.set_xticks(place, ["codes of\ntheir own", *labels[1:]])
+    _clean(ax, grid="y")
+    ax.margins(y=0.12)
+    ax.set_ylabel("items")
+    ax.set_xlabel("items with the same codes")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.set_title(
+        f"{report.figures['collision_rate']:.1%} of {total:,.0f} items share their codes; "
+        f"largest group {report.figures['largest_group']:,.0f}",
+        loc="left",
+        fontsize=11,
+        color=INK,
+    )
+    return figure
+
+
+def comparison_figure(comparison: Comparison, metrics: Sequence[str] = ("R@10", "N@10")) -> Figure:
+    """Draw every method's value and 95 % interval, seen items kept and excluded, one panel a metric.
+
+    Raises
+    ------
+    ValueError
+        The comparison lacks a metric.
+    """
+    rows = comparison.metrics.filter(pl.col("slice") == "all")
+    methods = rows["method"].unique(maintain_order=True).to_list()
+    figure = Figure(figsize=(4.4 * len(metrics) + 1, 1.5 + 0.5 * len(methods)), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for ax, metric in zip(axes, metrics, strict=True):
+        panel = rows.filter(pl.col("metric") == metric)
+        if not len(panel):
+            raise ValueError(f"the comparison holds no {metric}; it holds {sorted(set(rows['metric']))}")
+        for (seen, (mark, colour)), shift in zip(MARKS.items(), (-0.14, 0.14), strict=True):
+            part = panel.filter(pl.col("seen") == seen)
+            height = [methods.index(method) + shift for method in part["method"]]
+            ax.hlines(height, part["low"], part["high"], color=colour, linewidth=2, alpha=0.45)
+            ax.plot(
+                part["value"],
+                height,
+                mark,
+                color=colour,
+                markersize=6,
+                markerfacecolor=colour if seen == "kept" else "white",
+                markeredgewidth=1.6,
+                label=f"seen items {seen}",
+            )
+        _clean(ax, grid="x")
+        ax.set_xlim(left=0)
+        ax.set_title(metric, loc="left", fontsize=11, color=INK)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _clean(ax: Axes, grid: str = "") -> None:
+    """Give an axis the common look: little ink, light grid behind the data."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#999999")
+    ax.tick_params(colors=INK, labelsize=9, length=3)
+    ax.xaxis.label.set_color(INK)
+    ax.yaxis.label.set_color(INK)
+    ax.set_axisbelow(True)
+    if grid == "x":
+        ax.xaxis.grid(color="#E5E5E5", linewidth=0.8)
+    elif grid == "y":
+        ax.yaxis.grid(color="#E5E5E5", linewidth=0.8)

@@ -1,0 +1,69 @@
+"""The recommenders by configuration: one union, one match."""
+
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from components.artifacts import ArtifactError, RecommenderCheckpoint, SidTable
+from components.recommenders import causal
+from components.recommenders.causal import Causal, CausalConfig
+from components.recommenders.tiger import Tiger, TigerConfig
+from components.seams import SymbolSpace
+from components.tokenizers.sids import space_of
+
+RecommenderConfig = Annotated[CausalConfig | TigerConfig, Field(discriminator="kind")]
+
+
+def build_recommender(config: RecommenderConfig, space: SymbolSpace) -> Causal | Tiger:
+    """Build the recommender that a configuration names, with fresh weights from torch's global stream."""
+    match config:
+        case CausalConfig():
+            return Causal(config, space)
+        case TigerConfig():
+            return Tiger(config, space)
+
+
+def check_paths(config: RecommenderConfig, *, history: bool, teacher_forcing: bool) -> None:
+    """Refuse gradient paths that a recommender cannot tell apart.
+
+    Parameters
+    ----------
+    config : RecommenderConfig
+        The recommender that would be trained.
+    history, teacher_forcing : bool
+        Whether gradient reaches the codes through items read as context, and through the known beginning of
+        the item being written. The path through the target is free in every recommender.
+
+    Raises
+    ------
+    ValueError
+        The recommender reads an item as both in one token, and only one is on.
+    """
+    match config:
+        case CausalConfig():
+            causal.check_paths(history=history, teacher_forcing=teacher_forcing)
+        case TigerConfig():
+            pass
+
+
+def load_recommender(checkpoint: RecommenderCheckpoint, table: SidTable) -> Causal | Tiger:
+    """Rebuild a trained recommender for the table that it was trained with, in evaluation mode.
+
+    Raises
+    ------
+    ArtifactError
+        Another table, a configuration that this version does not know, or weights that do not fit it.
+    """
+    checkpoint.check_sids(table)
+    try:
+        config: CausalConfig | TigerConfig = TypeAdapter(RecommenderConfig).validate_python(checkpoint.config)
+    except ValidationError as error:
+        raise ArtifactError(f"RecommenderCheckpoint.config is not one this sidflow knows: {error}") from error
+    recommender = build_recommender(config, space_of(table))
+    try:
+        recommender.load_state_dict(checkpoint.weights, strict=True)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"RecommenderCheckpoint: weights do not fit its configuration: {error}"
+        ) from error
+    return recommender.eval()

@@ -1,0 +1,139 @@
+"""One beam search for every recommender, kept on valid SIDs by a trie.
+
+Shapes: B users, W beams, S steps, K symbols of a step, F most children of a node at a depth, T history items.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from components.data.batches import Rows, ranking_batches
+from components.seams import Ranking, Recommender
+from components.tokenizers.trie import PrefixTrie, build_trie
+
+
+class CodeHead(Protocol):
+    """Writes one symbol a step. The state is the head's own: caches, user vectors."""
+
+    def step(self, state: Any, step: int, symbols: Tensor | None) -> tuple[Tensor, Any]:
+        """Return logits (B, W, K) of a step's symbols and the new state.
+
+        ``symbols`` (B, W) are those chosen at the step before; None at step 0, where W = 1.
+        """
+        ...
+
+    def reorder(self, state: Any, index: Tensor) -> Any:
+        """Let beam w go on from old beam ``index[:, w]``."""
+        ...
+
+
+def beam_search(
+    head: CodeHead, state: Any, trie: PrefixTrie, starts: list[int], width: int, excluded: Tensor | None = None
+) -> Ranking:
+    """Find the best items of each user.
+
+    A score is the log-probability of the SID under the model restricted to valid SIDs: each step is
+    normalised over the children of its node, so the scores of all items are a distribution.
+
+    Parameters
+    ----------
+    head, state
+        The recommender's head, after it has read the histories of B users.
+    trie : PrefixTrie
+        The valid SIDs.
+    starts : list of int
+        First symbol of each step (``SymbolSpace.range``).
+    width : int
+        Beams W, which is also the length of the ranking.
+    excluded : Tensor, optional
+        (B, T) item ids that must not be recommended, -1 for none. Subtrees with no other item are left
+        out before the beam is cut, so exclusion costs no beams.
+
+    Returns
+    -------
+    Ranking
+        (B, W), padded with -1 where a user has fewer than W items left.
+    """
+    scores = nodes = symbols = None
+    for step, start in enumerate(starts):
+        logits, state = head.step(state, step, symbols)
+        if scores is None or nodes is None:
+            scores = logits.new_zeros(len(logits), 1)
+            nodes = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
+        brood = torch.arange(trie.fan_out[step], device=logits.device)
+        real = brood < trie.num_children[nodes].unsqueeze(-1)
+        child = torch.where(real, trie.first_child[nodes].unsqueeze(-1) + brood, 0)
+        gain = logits.gather(-1, (trie.symbol[child] - start).clamp(min=0)).masked_fill(~real, -math.inf)
+        # A dead beam (score -inf, node of another's) keeps a finite sum: its score stays -inf.
+        gain = gain - gain.logsumexp(dim=-1, keepdim=True).clamp(min=torch.finfo(gain.dtype).min)
+        if excluded is not None:
+            exhausted = _exhausted(trie, excluded, step + 1)
+            gain = gain.masked_fill(_contains(exhausted, child.flatten(1)).view_as(child), -math.inf)
+        candidates = (scores.unsqueeze(-1) + gain).flatten(1)
+        top = candidates.topk(min(width, candidates.shape[1]), dim=1)
+        scores = top.values
+        nodes = child.flatten(1).gather(1, top.indices)
+        symbols = trie.symbol[nodes].clamp(min=start)
+        state = head.reorder(state, top.indices // child.shape[-1])
+    assert scores is not None and nodes is not None
+    items = torch.where(scores > -math.inf, trie.item[nodes], -1)
+    missing = width - items.shape[1]
+    if missing > 0:
+        items = torch.nn.functional.pad(items, (0, missing), value=-1)
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
+    return Ranking(items, scores)
+
+
+def _exhausted(trie: PrefixTrie, excluded_BT: Tensor, depth: int) -> Tensor:
+    """Return (B, T) sorted nodes of a depth below which every item is excluded; other places hold M."""
+    none = len(trie.symbol)
+    items = excluded_BT.sort(dim=1).values
+    repeated = torch.zeros_like(items, dtype=torch.bool)
+    repeated[:, 1:] = items[:, 1:] == items[:, :-1]  # an item met twice counts once
+    node = torch.where(repeated | (items < 0), none, trie.path[items.clamp(min=0), depth]).sort(dim=1).values
+    below = torch.searchsorted(node, node, right=True) - torch.searchsorted(node, node)
+    all_seen = (node < none) & (below == trie.leaves[node.clamp(max=none - 1)])
+    return torch.where(all_seen, node, none).sort(dim=1).values
+
+
+def _contains(sorted_BT: Tensor, values_BX: Tensor) -> Tensor:
+    """Return (B, X) whether a value occurs in its row."""
+    index = torch.searchsorted(sorted_BT, values_BX).clamp(max=sorted_BT.shape[1] - 1)
+    return sorted_BT.gather(1, index) == values_BX
+
+
+@torch.no_grad()
+def rank_rows(
+    recommender: Recommender, rows: Rows, symbols: Tensor, batch_size: int, beams: int, *, exclude_seen: bool
+) -> Ranking:
+    """Rank the catalogue for many histories, users of like length together.
+
+    Parameters
+    ----------
+    recommender : Recommender
+        In evaluation mode, on the device where ranking shall run.
+    rows : Rows
+        R histories; their targets are not read.
+    symbols : Tensor
+        (N, S) the whole SID table as symbols, on the recommender's device.
+    batch_size : int
+        Users decoded at once.
+    beams : int
+        Width W of the search and length of the ranking.
+    exclude_seen : bool
+        Leave out the items of the history.
+
+    Returns
+    -------
+    Ranking
+        (R, W) on the CPU, in the order of ``rows``.
+    """
+    trie = build_trie(symbols.cpu()).to(symbols.device)
+    items = torch.empty(len(rows.start), beams, dtype=torch.long)
+    scores = torch.empty(len(rows.start), beams)
+    for which, batch in ranking_batches(rows, batch_size):
+        ranking = recommender.rank(batch.to(symbols.device), symbols, trie, beams, exclude_seen=exclude_seen)
+        items[which], scores[which] = ranking.items.cpu(), ranking.scores.cpu()
+    return Ranking(items, scores)

@@ -1,0 +1,287 @@
+"""Where items' tokens come from: a frozen table, or a tokenizer that is still learning.
+
+The live source feeds the recommender the codes of its table and sends the gradient through the current soft
+assignment ("table forward"), so noise never changes what the recommender reads.
+Shapes: U items, N items of the catalogue, L levels, K codes, Z latent width, S steps.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from components.artifacts import Provenance, SidTable
+from components.exploration import pick
+from components.seams import BatchTokens, Exploration, ItemTokens, Quantized, SymbolSpace, Tokenizer
+from components.tokenizers.quantize import squared_distances, straight_through
+from components.tokenizers.sids import codes_to_table, space_of, table_symbols
+
+
+class FrozenSids(nn.Module):
+    """Tokens of a fixed table."""
+
+    symbols: Tensor
+
+    def __init__(self, table: SidTable) -> None:
+        super().__init__()
+        self.space = space_of(table)
+        self._table = table
+        self.register_buffer("symbols", table_symbols(table))
+
+    def tokens(self, item_ids: Tensor) -> BatchTokens:
+        """Return hard tokens (U, S), the same for every path."""
+        hard = ItemTokens(self.symbols[item_ids])
+        return BatchTokens(hard, hard, hard)
+
+    def table(self) -> SidTable:
+        """Return the table."""
+        return self._table
+
+
+class Paths(NamedTuple):
+    """The ways on which the recommendation loss may reach the codes."""
+
+    history: bool = True
+    teacher_forcing: bool = True
+    target: bool = True
+    target_weight: float = 1.0
+    """Factor on the gradient that goes through the target."""
+
+
+def explore(
+    z_UZ: Tensor,
+    codebooks: Sequence[Tensor],
+    scales: Tensor,
+    exploration: Exploration,
+    generator: torch.Generator,
+    follow: Tensor | None = None,
+) -> Quantized:
+    """Quantise latents level by level with exploration noise and a soft assignment.
+
+    Parameters
+    ----------
+    z_UZ : Tensor
+        Latents.
+    codebooks : sequence of Tensor
+        One (K, Z) a level.
+    scales : Tensor
+        (L,), the logits of a level are minus the squared distances divided by its scale.
+    exploration : Exploration
+        How much noise.
+    generator : torch.Generator
+        Where noise is drawn from.
+    follow : Tensor, optional
+        (U, L) codes that the residual subtracts; by default the codes drawn here.
+
+    Returns
+    -------
+    Quantized
+        The losses are means over items, levels and coordinates.
+
+    References
+    ----------
+    DIGER (arXiv 2601.19711), section 3; the authors' gradient-fix release for the routing of gradients.
+    """
+    residual, total = z_UZ, torch.zeros_like(z_UZ)
+    codes, greedy, probabilities = [], [], []
+    codebook_loss = commitment = z_UZ.new_zeros(())
+    for level, codebook_KZ in enumerate(codebooks):
+        logits_UK = -squared_distances(residual, codebook_KZ) / scales[level]
+        best_U = logits_UK.detach().argmax(dim=-1)
+        if exploration.surrogate:
+            code_U, soft_UK = pick(logits_UK, exploration.noise(best_U, level), exploration.tau, generator)
+            word_UZ = straight_through(code_U, soft_UK) @ codebook_KZ
+        else:
+            code_U, soft_UK = best_U, torch.softmax(logits_UK.detach(), dim=-1)
+            word_UZ = codebook_KZ[code_U]
+        codebook_loss = codebook_loss + F.mse_loss(word_UZ, residual.detach())
+        commitment = commitment + F.mse_loss(residual, word_UZ.detach())
+        total = total + word_UZ
+        residual = residual - (word_UZ if follow is None else codebook_KZ[follow[:, level]])
+        codes.append(code_U)
+        greedy.append(best_U)
+        probabilities.append(soft_UK)
+    return Quantized(
+        torch.stack(codes, dim=1),
+        torch.stack(greedy, dim=1),
+        tuple(probabilities),
+        total,
+        {
+            "codebook": codebook_loss / len(codebooks),
+            "commitment": commitment / len(codebooks),
+            "latent_reconstruction": F.mse_loss(total, z_UZ),
+        },
+    )
+
+
+@torch.no_grad()
+def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], tau: float, top_probability: float) -> Tensor:
+    """Find the scale of each level at which the best code has a given mean probability.
+
+    With unit Gumbel noise and tau 1 this is also how often a sampled code equals the nearest one. Without
+    such a scale noise is either without effect or a uniform draw, depending on the size of the latents.
+
+    Parameters
+    ----------
+    z_NZ : Tensor
+        Latents of the whole catalogue.
+    codebooks : sequence of Tensor
+        One (K, Z) a level.
+    tau : float
+        Temperature of the soft assignment.
+    top_probability : float
+        Wanted mean of the largest probability, above 1/K and below 1.
+
+    Returns
+    -------
+    Tensor
+        (L,) float32.
+
+    Raises
+    ------
+    ValueError
+        The wanted probability cannot be reached on some level.
+    """
+    residual, scales = z_NZ, []
+    for level, codebook_KZ in enumerate(codebooks):
+        if not 1 / len(codebook_KZ) < top_probability < 1:
+            raise ValueError(
+                f"top_probability must lie between 1/{len(codebook_KZ)} (level {level + 1}) and 1, got {top_probability}"
+            )
+        distance_NK = squared_distances(residual, codebook_KZ)
+        low, high = -20.0, 20.0  # of log scale; the mean top probability falls as the scale grows
+        for _ in range(50):
+            middle = (low + high) / 2
+            top = torch.softmax(-distance_NK / (tau * math.exp(middle)), dim=-1).amax(dim=-1).mean()
+            low, high = (middle, high) if float(top) > top_probability else (low, middle)
+        scales.append(math.exp((low + high) / 2))
+        residual = residual - codebook_KZ[distance_NK.argmin(dim=-1)]
+    return torch.tensor(scales, dtype=torch.float32, device=z_NZ.device)
+
+
+class LiveSids(nn.Module):
+    """Tokens of a tokenizer in training: codes from a table that is refreshed, gradient from the assignment.
+
+    Buffers hold the table, so the state of this module is tokenizer and table **of one moment**.
+    """
+
+    codes: Tensor
+    suffix: Tensor
+    starts: Tensor
+    scales: Tensor
+    _x_ND: Tensor
+    _latents: Tensor | None
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        x_ND: Tensor,
+        table: SidTable,
+        exploration: Exploration,
+        paths: Paths,
+        *,
+        residual: Literal["sampled", "table"],
+        top_probability: float,
+        train_encoder: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.space: SymbolSpace = space_of(table)
+        self.exploration, self.paths, self.generator = exploration, paths, generator
+        self.residual, self.train_encoder = residual, train_encoder
+        self.register_buffer("_x_ND", x_ND, persistent=False)
+        self.register_buffer("_latents", None if train_encoder else tokenizer.latents(x_ND).detach(), persistent=False)
+        symbols = table_symbols(table)
+        starts = torch.tensor([self.space.range(step)[0] for step in range(self.space.num_steps)])
+        self.register_buffer("codes", (symbols - starts)[:, :-1])
+        self.register_buffer("suffix", (symbols - starts)[:, -1])
+        self.register_buffer("starts", starts)
+        self.register_buffer(
+            "scales", logit_scales(self.latents(), list(tokenizer.codebooks), exploration.tau, top_probability)
+        )
+
+    def latents(self) -> Tensor:
+        """Return the latents of all items (N, Z): computed once while the encoder is frozen."""
+        return self.tokenizer.latents(self._x_ND) if self._latents is None else self._latents
+
+    @property
+    def symbols(self) -> Tensor:
+        """The table as symbols (N, S)."""
+        return torch.cat([self.codes, self.suffix[:, None]], dim=1) + self.starts
+
+    def assign(self, item_ids: Tensor) -> tuple[BatchTokens, Quantized]:
+        """Pass items (U,) through the tokenizer once; return their tokens and the pass itself."""
+        z_UZ = self.tokenizer.latents(self._x_ND[item_ids]) if self._latents is None else self._latents[item_ids]
+        table_UL = self.codes[item_ids]
+        follow = table_UL if self.residual == "table" else None
+        q = explore(z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, self.generator, follow)
+        symbols = torch.cat([table_UL, self.suffix[item_ids, None]], dim=1) + self.starts
+        hard = ItemTokens(symbols)
+        if not self.exploration.surrogate:
+            return BatchTokens(hard, hard, hard), q
+        soft = ItemTokens(symbols, self._weights(table_UL, q.probabilities, 1.0))
+        weight = self.paths.target_weight
+        target = soft if weight == 1 else ItemTokens(symbols, self._weights(table_UL, q.probabilities, weight))
+        return (
+            BatchTokens(
+                soft if self.paths.history else hard,
+                soft if self.paths.teacher_forcing else hard,
+                target if self.paths.target else hard,
+            ),
+            q,
+        )
+
+    @staticmethod
+    def _weights(table_UL: Tensor, probabilities: Sequence[Tensor], weight: float) -> tuple[Tensor, ...]:
+        return tuple(straight_through(code, weight * p) for code, p in zip(table_UL.T, probabilities, strict=True))
+
+    def tokens(self, item_ids: Tensor) -> BatchTokens:
+        """Return the tokens of distinct items (U,)."""
+        return self.assign(item_ids)[0]
+
+    @torch.no_grad()
+    def refresh(self) -> Tensor:
+        """Re-assign every item to its nearest codes; an item that keeps its codes keeps its suffix.
+
+        Returns
+        -------
+        Tensor
+            (N,) bool, items whose codes changed.
+
+        Raises
+        ------
+        ValueError
+            More items share codes than there are suffixes.
+        """
+        before = self.codes
+        codes = self.tokenizer.encode(self._x_ND)
+        table = codes_to_table(codes, list(self.space.codebook_sizes), self.space.suffix_size, "", self.table())
+        symbols = table_symbols(table).to(before.device) - self.starts
+        self.codes, self.suffix = symbols[:, :-1], symbols[:, -1]
+        return (codes != before).any(dim=1)
+
+    def trained_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what joint training moves: the codebooks, and the encoder unless it is frozen."""
+        wanted = ("codebooks.", "encoder.") if self.train_encoder else ("codebooks.",)
+        yield from (p for name, p in self.tokenizer.named_parameters() if name.startswith(wanted))
+
+    def table(self, tokenizer: str = "", provenance: Provenance | None = None) -> SidTable:
+        """Return the table as an artefact; ``tokenizer`` is the fingerprint of the weights that made it."""
+        frame = pl.DataFrame({"codes": self.codes.cpu().numpy(), "suffix": self.suffix.cpu().numpy()}).select(
+            item_id=pl.int_range(pl.len(), dtype=pl.UInt32),
+            codes=pl.col("codes").arr.to_list().cast(pl.List(pl.UInt16)),
+            suffix=pl.col("suffix").cast(pl.UInt16),
+        )
+        return SidTable(
+            codes=frame,
+            codebook_sizes=list(self.space.codebook_sizes),
+            suffix_size=self.space.suffix_size,
+            shared=False,
+            tokenizer=tokenizer,
+            provenance=provenance or Provenance(),
+        )

@@ -1,0 +1,204 @@
+"""The only training loop: tokenizer, recommender and joint stage all run it."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from components.config import Config
+
+Batch = TypeVar("Batch")
+Log = Callable[[int, Mapping[str, float]], None]
+State = dict[str, Any]
+
+
+class LoopConfig(Config):
+    """How long to train, and when to look."""
+
+    epochs: int = Field(10, ge=1)
+    """Passes over the training data."""
+    validate_every: int = Field(1, ge=1)
+    """Epochs between validations; the last epoch is always validated."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many validations without a better selection metric; null: never."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest gradient norm of each module; null: no clipping."""
+    log_every: int = Field(50, ge=1)
+    """Steps between two logged losses."""
+
+
+class FitResult(NamedTuple):
+    """What a training run leaves behind."""
+
+    best: dict[str, dict[str, Tensor]]
+    """State of every module at the best validated epoch."""
+    epoch: int
+    """Epochs trained when ``best`` was taken."""
+    step: int
+    """Steps taken when ``best`` was taken."""
+    metrics: dict[str, float]
+    """Validation figures of ``best``."""
+
+
+def cosine(optimizer: Optimizer, warmup: int, total: int) -> LambdaLR:
+    """Warm up linearly over ``warmup`` steps, then fall along a cosine to 0 at step ``total``."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+    return LambdaLR(optimizer, factor)
+
+
+def _ignore(*_: object) -> None:
+    """Stand in for a hook nobody asked for."""
+
+
+def fit(
+    modules: Mapping[str, nn.Module],
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    batches: Callable[[int], Iterable[Batch]],
+    step: Callable[[Batch], Mapping[str, Tensor]],
+    validate: Callable[[int], Mapping[str, float]],
+    config: LoopConfig,
+    *,
+    select: str,
+    generator: torch.Generator,
+    log: Log = _ignore,
+    save: Callable[[State], None] = _ignore,
+    resume: State | None = None,
+) -> FitResult:
+    """Train until the last epoch or until patience runs out, and return the best validated state.
+
+    Parameters
+    ----------
+    modules : mapping of str to Module
+        Everything with state: what is trained, and buffers such as the SID table that must match it.
+    optimizer, schedule
+        Over the trainable parameters; the schedule advances once a step.
+    batches : callable
+        Epoch number to the batches of that epoch.
+    step : callable
+        Batch to named scalar losses; ``"loss"`` is minimised, the others are logged.
+    validate : callable
+        Number of epochs trained to figures; after every ``validate_every`` epochs and the last. May raise to stop
+        a collapse.
+    config : LoopConfig
+        Length, patience, clipping.
+    select : str
+        The figure of ``validate`` that is maximised.
+    generator : torch.Generator
+        The stage's random stream, part of the saved state so that a resumed run repeats an unbroken one.
+    log, save : callable
+        Receive numbers, and a resumable state after every validation.
+    resume : dict, optional
+        A state that ``save`` received earlier.
+
+    Returns
+    -------
+    FitResult
+    """
+    epoch, steps, waited = 0, 0, 0
+    best: FitResult | None = None
+    if resume is not None:
+        epoch, steps, waited, best = _restore(resume, modules, optimizer, schedule, generator)
+    resumed = resume is not None
+    while True:
+        out_of_patience = config.patience is not None and waited >= config.patience
+        if epoch and (epoch % config.validate_every == 0 or epoch >= config.epochs):
+            if not resumed:
+                for module in modules.values():
+                    module.eval()
+                with torch.no_grad():
+                    figures = dict(validate(epoch))
+                log(steps, {"epoch": epoch, **figures})
+                if best is None or figures[select] > best.metrics[select]:
+                    best, waited = FitResult(_states(modules), epoch, steps, figures), 0
+                else:
+                    waited += 1
+                out_of_patience = config.patience is not None and waited >= config.patience
+                save(_snapshot(epoch, steps, waited, best, modules, optimizer, schedule, generator))
+            resumed = False
+        if epoch >= config.epochs or out_of_patience:
+            assert best is not None
+            return best
+
+        for module in modules.values():
+            module.train()
+        sums: dict[str, Tensor] = {}
+        counted = 0
+        for batch in batches(epoch):
+            losses = step(batch)
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()  # type: ignore[no-untyped-call]
+            if config.clip_norm is not None:
+                for module in modules.values():
+                    nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+            optimizer.step()
+            schedule.step()
+            steps += 1
+            counted += 1
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.detach().to("cpu", non_blocking=True)
+            if steps % config.log_every == 0:
+                mean = _means(sums, counted)
+                if not math.isfinite(mean["loss"]):
+                    raise FloatingPointError(f"step {steps}: the loss is {mean['loss']}; lower the learning rate")
+                log(steps, {f"train/{name}": value for name, value in mean.items()})
+                sums, counted = {}, 0
+        epoch += 1
+
+
+def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    return {name: float(value) / count for name, value in sums.items()}
+
+
+def _states(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    return {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+
+
+def _snapshot(
+    epoch: int,
+    steps: int,
+    waited: int,
+    best: FitResult,
+    modules: Mapping[str, nn.Module],
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    generator: torch.Generator,
+) -> State:
+    return {
+        "epoch": epoch,
+        "steps": steps,
+        "waited": waited,
+        "best": best._asdict(),
+        "modules": _states(modules),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "schedule": schedule.state_dict(),
+        "generator": generator.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def _restore(
+    state: State,
+    modules: Mapping[str, nn.Module],
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    generator: torch.Generator,
+) -> tuple[int, int, int, FitResult]:
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    return state["epoch"], state["steps"], state["waited"], FitResult(**state["best"])

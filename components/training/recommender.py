@@ -1,0 +1,201 @@
+"""Train a recommender on frozen SIDs: the second of the two usual stages."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+import polars as pl
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from components.artifacts import ArtifactError, Provenance, RecommenderCheckpoint, SequenceSplit, SidTable
+from components.config import Config
+from components.data.batches import (
+    Rows,
+    held_out_rows,
+    prefix_rows,
+    training_batches,
+    window_rows,
+)
+from components.metrics.ranking import contributions, ranks_in_lists
+from components.recommenders.build import RecommenderConfig, build_recommender
+from components.recommenders.causal import CausalConfig
+from components.recommenders.decoding import rank_rows
+from components.seams import SequenceBatch
+from components.seeding import seed_everything
+from components.tokenizers.sources import FrozenSids
+from components.training.loop import Log, LoopConfig, State, cosine, fit
+
+
+class OptimConfig(Config):
+    """AdamW with warm-up and a cosine to 0."""
+
+    lr: float = Field(2e-3, gt=0)
+    """Learning rate at its highest."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(100, ge=1)
+    """Steps of linear warm-up."""
+
+
+class ValidationConfig(Config):
+    """How epochs are compared: full ranking of held-out targets."""
+
+    users: int = Field(1000, ge=1)
+    """Validation users, drawn once; all if there are fewer."""
+    beams: int = Field(20, ge=10)
+    """Width of the beam search."""
+    batch_size: int = Field(128, ge=1)
+    """Users decoded at once."""
+
+
+class RecommenderStage(Config):
+    """Train a recommender on frozen SIDs."""
+
+    model: RecommenderConfig = CausalConfig()
+    """The recommender: ``causal`` (decoder-only) or ``tiger`` (encoder-decoder)."""
+    loop: LoopConfig = LoopConfig(epochs=12)
+    """Length of training."""
+    batch_size: int = Field(64, ge=1)
+    """Histories a step."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser of the recommender."""
+    validation: ValidationConfig = ValidationConfig()
+    """How the best epoch is found."""
+    seed: int = 0
+    """Seed of initial weights, batches and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; ``auto`` takes a GPU if there is one."""
+
+
+def device_of(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device that a configuration asks for."""
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(choice)
+
+
+def epoch_batches(
+    recommender: nn.Module, train: pl.DataFrame, max_history: int, batch_size: int, generator: torch.Generator
+) -> Callable[[int], Iterator[SequenceBatch]]:
+    """Return the batches of an epoch, in the form that the recommender learns from."""
+    if recommender.positions == "last":
+        prefixes = prefix_rows(train, max_history)
+        return lambda epoch: training_batches(prefixes, batch_size, generator)
+    return lambda epoch: training_batches(window_rows(train, max_history, generator), batch_size, generator)
+
+
+def steps_an_epoch(recommender: nn.Module, train: pl.DataFrame, max_history: int, batch_size: int) -> int:
+    """Count the batches of an epoch; windows are cut at random, so this is the count of one draw."""
+    rows = (
+        prefix_rows(train, max_history)
+        if recommender.positions == "last"
+        else window_rows(train, max_history, torch.Generator().manual_seed(0))
+    )
+    return -(-len(rows.start) // batch_size)
+
+
+class Validator:
+    """Full ranking of a fixed sample of validation users."""
+
+    def __init__(self, valid: pl.DataFrame, config: ValidationConfig, seed: int) -> None:
+        self._rows: Rows = held_out_rows(valid.sample(min(config.users, len(valid)), seed=seed, shuffle=True))
+        self._config = config
+
+    def __call__(self, recommender: nn.Module, symbols: Tensor) -> dict[str, float]:
+        """Return R@10 and N@10 with seen items kept."""
+        ranking = rank_rows(
+            recommender, self._rows, symbols, self._config.batch_size, self._config.beams, exclude_seen=False
+        )
+        ranks = ranks_in_lists(ranking.items.numpy(), self._rows.target)
+        recall, ndcg = contributions(ranks, ["R@10", "N@10"]).mean(axis=0)
+        return {"valid_R@10": float(recall), "valid_N@10": float(ndcg)}
+
+
+def step_names(num_levels: int) -> list[str]:
+    """Name the steps of a SID for the log: ``level1 ... suffix``."""
+    return [*(f"level{level + 1}" for level in range(num_levels)), "suffix"]
+
+
+def train_recommender(
+    split: SequenceSplit,
+    sids: SidTable,
+    config: RecommenderStage,
+    log: Log,
+    save: Callable[[State], None] = lambda state: None,
+    resume: State | None = None,
+) -> RecommenderCheckpoint:
+    """Train on the split's training sequences and keep the best validated epoch.
+
+    Parameters
+    ----------
+    split : SequenceSplit
+        Training sequences and validation targets; the test targets are not read.
+    sids : SidTable
+        Frozen names of the items.
+    config : RecommenderStage
+        Model and recipe.
+    log : callable
+        Receives losses and validation figures by step.
+    save, resume
+        See ``training.loop.fit``.
+
+    Raises
+    ------
+    ArtifactError
+        The table names another number of items than the split.
+    """
+    check_items(split, sids)
+    device = device_of(config.device)
+    generator = seed_everything(config.seed)
+    source = FrozenSids(sids).to(device)
+    recommender = build_recommender(config.model, source.space).to(device)
+    optimizer = torch.optim.AdamW(
+        recommender.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
+    )
+    history = config.model.max_history
+    steps = config.loop.epochs * steps_an_epoch(recommender, split.train, history, config.batch_size)
+    validator = Validator(split.valid, config.validation, config.seed)
+    names = step_names(source.space.num_levels)
+
+    def step(batch: SequenceBatch) -> Mapping[str, Tensor]:
+        batch = batch.to(device)
+        loss = recommender.loss(batch, source.tokens(batch.unique))
+        return {"loss": loss.total, **dict(zip(names, loss.steps, strict=True))}
+
+    result = fit(
+        {"recommender": recommender},
+        optimizer,
+        cosine(optimizer, config.optim.warmup_steps, steps),
+        epoch_batches(recommender, split.train, history, config.batch_size, generator),
+        step,
+        lambda epoch: validator(recommender, source.symbols),
+        config.loop,
+        select="valid_N@10",
+        generator=generator,
+        log=log,
+        save=save,
+        resume=resume,
+    )
+    return RecommenderCheckpoint(
+        weights=result.best["recommender"],
+        config=config.model.model_dump(mode="json"),
+        sids=sids.fingerprint,
+        step=result.step,
+        epoch=result.epoch,
+        metrics=result.metrics,
+        provenance=Provenance(
+            config=config.model_dump(mode="json"),
+            parents={"SequenceSplit": split.fingerprint, "SidTable": sids.fingerprint},
+            seed=config.seed,
+        ),
+    )
+
+
+def check_items(split: SequenceSplit, sids: SidTable) -> None:
+    """Refuse a table of another catalogue."""
+    if split.num_items != sids.num_items:
+        raise ArtifactError(
+            f"the SidTable names {sids.num_items} items, the SequenceSplit has {split.num_items}: "
+            "they come from different catalogues"
+        )

@@ -1,0 +1,179 @@
+"""Train a tokenizer on content vectors alone: the first stage of two, and the start of joint training."""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from components.artifacts import ContentEmbeddings, Provenance, TokenizerCheckpoint
+from components.config import Config
+from components.seeding import seed_everything
+from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkpoint_of
+from components.tokenizers.quantize import reconstruct
+from components.tokenizers.rkmeans import RkMeans
+from components.tokenizers.rqvae import RqVae, RqVaeConfig
+from components.training.loop import Log, LoopConfig, State, cosine, fit
+
+NOT_ELIGIBLE = 100.0
+"""Taken off the score of early epochs; eligible ones score at least -1 for collisions, about -1 otherwise."""
+
+
+class TokenizerStage(Config):
+    """Settings of the tokenizer stage. ``rkmeans`` reads model, device and seed; the rest is for descent."""
+
+    model: TokenizerConfig = RqVaeConfig()
+    """The tokenizer, by kind."""
+    loop: LoopConfig = LoopConfig(epochs=100, validate_every=5)
+    """How long to train, and how often the whole catalogue is tokenized to compare epochs."""
+    batch_size: int = Field(256, ge=1)
+    """Items a step."""
+    lr: float = Field(3e-3, gt=0)
+    """Peak learning rate of AdamW; falls along a cosine to 0."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps over which the learning rate rises."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay of AdamW."""
+    keep: Literal["collision_rate", "reconstruction"] = "collision_rate"
+    """Of the validated epochs that are eligible, the one with the lowest such figure is kept."""
+    keep_from: float = Field(0.5, gt=0, le=1)
+    """Share of the epochs before one is eligible: codes of a raw encoder collide least, and say least."""
+    device: str = "cpu"
+    """Where to train, as torch names it."""
+    seed: int = 0
+    """Seeds weights, batches, k-means and revivals."""
+
+
+def train_tokenizer(
+    embeddings: ContentEmbeddings,
+    config: TokenizerStage,
+    log: Log = lambda step, values: None,
+    *,
+    save: Callable[[State], None] = lambda state: None,
+    resume: State | None = None,
+) -> TokenizerCheckpoint:
+    """Fit codebooks, and for ``rqvae`` encoder and decoder, to content vectors.
+
+    Parameters
+    ----------
+    embeddings : ContentEmbeddings
+        One vector an item.
+    config : TokenizerStage
+        The tokenizer and how to train it.
+    log : callable
+        Receives a step and named figures.
+    save, resume
+        A resumable state after every validation, and one to go on from; only gradient descent has any.
+
+    Returns
+    -------
+    TokenizerCheckpoint
+        Its latents have root mean square 1 over these items. ``metrics`` holds ``reconstruction`` (mean
+        squared error where the target has mean square 1: the scaled content vector), ``collision_rate``
+        (share of items whose codes another item has too), ``largest_bucket``, and ``codes_in_use/l`` and
+        ``perplexity/l`` for each level l from 1.
+
+    Raises
+    ------
+    ValueError
+        Fewer items than codes of a level, all-zero vectors, or collapsed latents.
+    FloatingPointError
+        The loss is no longer finite.
+    """
+    generator = seed_everything(config.seed)
+    x_ND = embeddings.matrix.to(config.device)
+    tokenizer = build_tokenizer(config.model, x_ND.shape[1])
+    steps = 0
+    match tokenizer:
+        case RkMeans():
+            tokenizer.to(config.device).fit(x_ND, config.seed)
+        case RqVae():
+            tokenizer.draw_weights(generator)
+            steps = _descend(tokenizer.to(config.device), x_ND, config, generator, log, save, resume)
+            tokenizer.fold_scale(x_ND)
+    metrics = describe_fit(tokenizer.eval(), x_ND)
+    log(steps, metrics)
+    return checkpoint_of(
+        tokenizer,
+        embeddings=embeddings.fingerprint,
+        steps=steps,
+        metrics=metrics,
+        provenance=Provenance(
+            config=config.model_dump(mode="json"),
+            parents={"embeddings": embeddings.fingerprint},
+            seed=config.seed,
+        ),
+    )
+
+
+def _descend(
+    tokenizer: RqVae,
+    x_ND: Tensor,
+    config: TokenizerStage,
+    generator: torch.Generator,
+    log: Log,
+    save: Callable[[State], None],
+    resume: State | None,
+) -> int:
+    """Train by gradient descent and leave the kept epoch in the module; return the steps it took."""
+    model = tokenizer.config
+    tokenizer.standardise(x_ND)
+    tokenizer.fit_codebooks(x_ND, config.seed)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps_per_epoch = -(-len(x_ND) // config.batch_size)
+    schedule = cosine(optimizer, config.warmup_steps, config.loop.epochs * steps_per_epoch)
+
+    def batches(epoch: int) -> Iterator[Tensor]:
+        if model.revive_every is not None and epoch > 0 and epoch % model.revive_every == 0:
+            tokenizer.revive(x_ND, generator)
+        order_N = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
+        yield from (x_ND[rows_B] for rows_B in torch.split(order_N, config.batch_size))
+
+    def step(x_BD: Tensor) -> dict[str, Tensor]:
+        terms = tokenizer.losses(x_BD)
+        loss = terms["reconstruction"] + terms["codebook"] + model.commitment * terms["commitment"]
+        return {"loss": loss, **terms}
+
+    def validate(epoch: int) -> dict[str, float]:
+        figures = describe_fit(tokenizer, x_ND)
+        progress = epoch / config.loop.epochs
+        # Before an epoch is eligible a later one always counts as better, so patience starts to count there.
+        score = -figures[config.keep] if progress >= config.keep_from else progress - NOT_ELIGIBLE
+        return {**figures, "score": score}
+
+    result = fit(
+        {"tokenizer": tokenizer},
+        optimizer,
+        schedule,
+        batches,
+        step,
+        validate,
+        config.loop,
+        select="score",
+        generator=generator,
+        log=log,
+        save=save,
+        resume=resume,
+    )
+    tokenizer.load_state_dict(result.best["tokenizer"])
+    return result.step
+
+
+@torch.no_grad()
+def describe_fit(tokenizer: RqVae | RkMeans, x_ND: Tensor) -> dict[str, float]:
+    """Tokenize the whole catalogue and say how well its codes describe it and how evenly they are used."""
+    codes_NL = tokenizer.encode(x_ND)
+    quantised_NZ = reconstruct(codes_NL, list(tokenizer.codebooks))
+    rebuilt_ND = tokenizer.decoder(quantised_NZ) if isinstance(tokenizer, RqVae) else quantised_NZ
+    _, sizes = torch.unique(codes_NL, dim=0, return_counts=True)
+    figures = {
+        "reconstruction": float((rebuilt_ND - x_ND * tokenizer.input_scale).square().mean()),
+        "collision_rate": float(sizes[sizes > 1].sum()) / len(codes_NL),
+        "largest_bucket": float(sizes.max()),
+    }
+    for level, size in enumerate(tokenizer.codebook_sizes):
+        share_K = torch.bincount(codes_NL[:, level], minlength=size).double() / len(codes_NL)
+        figures[f"codes_in_use/{level + 1}"] = float((share_K > 0).sum())
+        figures[f"perplexity/{level + 1}"] = float(torch.special.entr(share_K).sum().exp())
+    return figures

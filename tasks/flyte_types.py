@@ -1,0 +1,159 @@
+"""How artefacts and settings travel between Flyte tasks. Importing this module registers their types.
+
+An artefact is a folder: in a bucket on a cluster, under ``<home>/artifacts/<Kind>/<fingerprint>`` on one
+machine. There the name of a folder is its content, so nothing is written twice and a cached result never
+points to a temporary file.
+"""
+
+import html
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from flytekit import FlyteContext, HashMethod
+from flytekit.core.type_engine import TypeEngine, TypeTransformer, TypeTransformerFailedError
+from flytekit.extras.pydantic_transformer.transformer import PydanticTransformer
+from flytekit.models.core.types import BlobType
+from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
+from flytekit.models.types import LiteralType
+from flytekit.types.directory import FlyteDirectory
+
+from components import artifacts
+from components.artifacts import Artifact, ArtifactError, read_manifest
+from components.config import Config
+from tasks.home import home
+
+Folder: TypeAlias = str | Path | FlyteDirectory
+
+
+def stored_at(kind: str, fingerprint: str) -> Path:
+    """Return the folder of an artefact in the local store, whether it is there or not."""
+    return home() / "artifacts" / kind / fingerprint[:16]
+
+
+def keep(artifact: Artifact) -> Path:
+    """Save an artefact in the local store, unless equal content is there already, and return its folder.
+
+    Raises
+    ------
+    OSError
+        The disk is full or not writable; nothing is left behind.
+    """
+    folder = stored_at(artifact.kind(), artifact.fingerprint)
+    if not (folder / "manifest.json").exists():
+        try:
+            artifact.save(folder)
+        except ArtifactError:  # another process saved the same content a moment earlier
+            if read_manifest(folder)["fingerprint"] != artifact.fingerprint:
+                raise
+    return folder
+
+
+def _uri(folder: Folder) -> str:
+    """Return where a folder given by hand is: as it was named, not where Flyte would copy it."""
+    if isinstance(folder, FlyteDirectory):
+        return str(folder.remote_source or folder.path)
+    return str(folder)
+
+
+def _local(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
+
+
+def _is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def content_of(value: Artifact | Folder) -> str:
+    """Return the fingerprint that Flyte caches an artefact by; for a remote folder its address."""
+    if isinstance(value, Artifact):
+        return value.fingerprint
+    uri = _uri(value)
+    return uri if _is_remote(uri) else str(read_manifest(_local(uri))["fingerprint"])
+
+
+by_content = HashMethod(content_of)
+"""``Annotated[SidTable, by_content]``: stages that take it are cached by its content, not by its place."""
+
+
+class ArtifactTransformer(TypeTransformer[Artifact]):
+    """Pass artefacts of one kind between tasks as a folder; the blob's format is the name of the kind.
+
+    Flyte does not compare formats, so a miswired workflow compiles: ``Artifact.load`` refuses another kind.
+    Folders given by hand (``pyflyte run ... --sids FOLDER``) are passed on where they are.
+    """
+
+    def __init__(self, kind: type[Artifact]) -> None:
+        super().__init__(kind.kind(), kind)
+        self.blob_type = BlobType(format=kind.kind(), dimensionality=BlobType.BlobDimensionality.MULTIPART)
+
+    def get_literal_type(self, t: type[Artifact]) -> LiteralType:
+        """Return the Flyte type: a folder of this kind."""
+        return LiteralType(blob=self.blob_type)
+
+    def assert_type(self, t: type[Artifact], v: Any) -> None:
+        """Let artefacts of this kind and folders pass."""
+        if not isinstance(v, Folder | self.python_type):
+            raise TypeTransformerFailedError(f"a {self.name} or its folder is wanted, got {v!r}")
+
+    def to_literal(
+        self, ctx: FlyteContext, python_val: Artifact | Folder, python_type: type, expected: LiteralType
+    ) -> Literal:
+        """Store the artefact and return its address; upload where this execution keeps its outputs remote."""
+        files = ctx.file_access
+        if isinstance(python_val, Artifact):
+            if files.is_remote(files.raw_output_prefix):
+                draft = Path(files.get_random_local_directory())
+                python_val.save(draft)
+                uri = files.put_raw_data(str(draft))
+            else:
+                uri = str(keep(python_val))
+        else:
+            uri = _uri(python_val)
+            if not _is_remote(uri) and files.is_remote(files.raw_output_prefix):
+                uri = files.put_raw_data(str(_local(uri)))
+        return Literal(scalar=Scalar(blob=Blob(metadata=BlobMetadata(type=self.blob_type), uri=uri)))
+
+    def to_python_value(
+        self, ctx: FlyteContext, lv: Literal, expected_python_type: type[Artifact]
+    ) -> Artifact:
+        """Load the artefact, checking kind, version, digests and invariants.
+
+        Raises
+        ------
+        ArtifactError
+            The folder is gone, holds another kind, or was changed.
+        """
+        uri = lv.scalar.blob.uri
+        if _is_remote(uri):
+            local = ctx.file_access.get_random_local_directory()
+            ctx.file_access.get_data(uri, local, is_multipart=True)
+            return self.python_type.load(Path(local))  # type: ignore[no-any-return]
+        folder = _local(uri)
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"{folder}: the folder of this {self.name} is gone; if Flyte's cache still remembers it, "
+                f"remove {home() / 'flyte-cache'} too and run again"
+            )
+        return self.python_type.load(folder)  # type: ignore[no-any-return]
+
+    def to_html(self, ctx: FlyteContext, python_val: Artifact, expected_python_type: type[Artifact]) -> str:
+        """Show kind and fingerprint in Flyte decks, not the payload."""
+        return f"<p>{html.escape(python_val.kind())} <code>{python_val.fingerprint[:16]}</code></p>"
+
+
+class ConfigTransformer(PydanticTransformer):
+    """Pass settings as flytekit passes any pydantic model, but keep their JSON schema out of ``--help``."""
+
+    def __init__(self) -> None:
+        TypeTransformer.__init__(self, "sidflow settings", Config, enable_type_assertions=False)
+
+    def get_literal_type(self, t: type[Config]) -> LiteralType:
+        """Return the Flyte type with the structure that attribute access needs, and without the schema."""
+        full = super().get_literal_type(t)
+        return LiteralType(simple=full.simple, structure=full.structure, annotation=full.annotation)
+
+
+for _kind in vars(artifacts).values():
+    if isinstance(_kind, type) and issubclass(_kind, Artifact) and _kind is not Artifact:
+        TypeEngine.register(ArtifactTransformer(_kind))
+TypeEngine.register(ConfigTransformer())

@@ -1,0 +1,333 @@
+"""MLflow: one parent run for a pipeline, one child for each stage, also when stages are processes apart.
+
+Every call names its run, nothing is "active": several stages may run in one process, and any process
+that knows a run's id may add to it.
+"""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from rich.console import Console
+
+from components.artifacts import Artifact
+from components.config import Config
+from tasks.flyte_types import stored_at
+from tasks.home import home
+from tasks.origin import code_tags, execution_tags
+
+STANDALONE = "stages"
+"""Experiment of stages that are run alone."""
+
+_BATCH = 500
+_SECONDS = 10.0
+_LONGEST_PARAM = 6000
+_LONGEST_TAG = 5000
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def tracking_uri() -> str:
+    """Return where runs are kept: ``MLFLOW_TRACKING_URI``, or a SQLite file in the local folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def without_secrets(text: str) -> str:
+    """Blank user names and passwords of every URL in a text."""
+    return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", text)
+
+
+def open_store() -> MlflowClient:
+    """Connect to the store; the first time on a machine this creates the SQLite file, for some seconds."""
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    home().mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=tracking_uri())
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    local = not os.environ.get("MLFLOW_TRACKING_URI")
+    return str(client.create_experiment(name, (home() / "mlartifacts").as_uri() if local else None))
+
+
+def _get_run(client: MlflowClient, run_id: str) -> Run:
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        place = without_secrets(tracking_uri())
+        raise ValueError(f"run_id {run_id!r} is no run of {place}: {error.message}") from error
+
+
+def _allowed(name: str) -> str:
+    """Spell a name as MLflow takes it: ``R@10`` becomes ``R_at_10``."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, (value if isinstance(value, str) else json.dumps(value))[:_LONGEST_PARAM]
+
+
+def _log_config(client: MlflowClient, run_id: str, config: Config) -> None:
+    params = [Param(_allowed(name), value) for name, value in _flat(config.model_dump(mode="json"))]
+    for start in range(0, len(params), 100):
+        client.log_batch(run_id, params=params[start : start + 100])
+    client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
+
+
+def _kinds(prefix: str, artifacts: Sequence[Artifact]) -> dict[str, str]:
+    """Return fingerprints by ``<prefix>.<Kind>``; the second of a kind is ``<prefix>.<Kind>.2``."""
+    tags: dict[str, str] = {}
+    for artifact in artifacts:
+        same = sum(key.split(".")[1] == artifact.kind() for key in tags)
+        tags[f"{prefix}.{artifact.kind()}" + (f".{same + 1}" if same else "")] = artifact.fingerprint
+    return tags
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    client.log_batch(run_id, tags=[RunTag(key, value[:_LONGEST_TAG]) for key, value in tags.items()])
+
+
+class StageRun:
+    """The MLflow run of one stage; ``log`` is what components call with their numbers."""
+
+    def __init__(self, client: MlflowClient, run_id: str, stage: str) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.stage = stage
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self._pending: list[Metric] = []
+        self._flushed = time.monotonic()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers at a step; those of an epoch are also shown as a line of progress.
+
+        They are sent in batches. A store that does not answer is tried again with the next batch, so that
+        training outlives a restart of the server.
+        """
+        self.history.append((step, dict(values)))
+        now = int(time.time() * 1000)
+        self._pending += [Metric(_allowed(name), float(value), now, step) for name, value in values.items()]
+        if "epoch" in values:
+            self._show(values)
+        if len(self._pending) >= _BATCH or time.monotonic() - self._flushed > _SECONDS:
+            try:
+                self.flush()
+            except MlflowException as error:
+                _console.print(f"MLflow does not take metrics, will try again: {without_secrets(str(error))}")
+                self._flushed = time.monotonic()
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        # Figures of a level, a part or a slice carry a slash: they are for the plots, not for this line.
+        plain = {name: value for name, value in values.items() if name != "epoch" and "/" not in name}
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in plain.items())
+        _console.print(f"{self.stage:<20} epoch {values['epoch']:>3.0f}  {figures}")
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """Record final figures of the stage."""
+        now = int(time.time() * 1000)
+        self._pending += [Metric(_allowed(name), float(value), now, 0) for name, value in values.items()]
+
+    def say(self, text: str) -> None:
+        """Show a line of progress."""
+        _console.print(f"{self.stage:<20} {text}")
+
+    def flush(self) -> None:
+        """Send what is waiting."""
+        while self._pending:
+            self.client.log_batch(self.run_id, metrics=self._pending[:1000])
+            del self._pending[:1000]
+        self._flushed = time.monotonic()
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Keep a figure as ``figures/<name>.png``."""
+        self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
+
+    def text(self, name: str, text: str) -> None:
+        """Keep a text file."""
+        self.client.log_text(self.run_id, text, name)
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """Record a data set that the stage read, by digest and source; credentials are blanked."""
+        uri = json.dumps({"uri": without_secrets(source)})
+        kind = "local" if "://" not in source else source.partition("://")[0]
+        dataset = Dataset(name=name, digest=digest[:16], source_type=kind, source=uri)
+        self.client.log_inputs(
+            self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+        )
+
+    def output(self, *artifacts: Artifact) -> None:
+        """Tag the run with what it made and keep each small manifest; payloads stay where Flyte puts them."""
+        _set_tags(self.client, self.run_id, _kinds("output", artifacts))
+        for artifact in artifacts:
+            self.client.log_dict(self.run_id, artifact.manifest, f"artifacts/{artifact.kind()}.json")
+
+
+@contextmanager
+def tracked(
+    stage: str, config: Config | None = None, run_id: str = "", parents: Sequence[Artifact] = ()
+) -> Iterator[StageRun]:
+    """Open the run of a stage, and close it FINISHED, FAILED or KILLED, whatever happens inside.
+
+    Parameters
+    ----------
+    stage : str
+        Name of the run.
+    config : Config, optional
+        Logged as parameters, nested keys with dots.
+    run_id : str
+        Run of the pipeline, which becomes the parent; empty for a stage that runs alone.
+    parents : sequence of Artifact
+        What the stage reads; their fingerprints become tags and data sets of the run.
+
+    Raises
+    ------
+    ValueError
+        ``run_id`` names no run of the store.
+    """
+    client = open_store()
+    tags = execution_tags(stage) | code_tags() | _kinds("parent", parents) | {"sidflow.stage": stage}
+    experiment = _experiment(client, STANDALONE) if not run_id else ""
+    if run_id:
+        experiment = _get_run(client, run_id).info.experiment_id
+        client.update_run(run_id, status="RUNNING")  # a retried stage revives a pipeline that was failed
+        tags |= {"mlflow.parentRunId": run_id, "sidflow.pipeline": run_id}
+    run = StageRun(client, client.create_run(experiment, tags=tags, run_name=stage).info.run_id, stage)
+    try:
+        if config is not None:
+            _log_config(client, run.run_id, config)
+        for parent in parents:
+            place = stored_at(parent.kind(), parent.fingerprint)
+            run.dataset(parent.kind(), parent.fingerprint, str(place), stage)
+        yield run
+        run.flush()
+        client.set_terminated(run.run_id, "FINISHED")
+    except BaseException as error:
+        _close_broken(client, [run.run_id, *([run_id] if run_id else [])], stage, error)
+        raise
+
+
+def _close_broken(client: MlflowClient, run_ids: Sequence[str], stage: str, error: BaseException) -> None:
+    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    try:
+        for run_id in run_ids:
+            _close(client, run_id, status, stage, f"{type(error).__name__}: {error}")
+    except MlflowException as unreachable:
+        error.add_note(
+            f"MLflow could not be told that {stage} ended {status}: {without_secrets(str(unreachable))}"
+        )
+
+
+def _close(client: MlflowClient, run_id: str, status: str, stage: str, text: str) -> None:
+    text = without_secrets(text)
+    note = f"**{stage} {status.lower()}**\n\n```\n{text}\n```"
+    _set_tags(client, run_id, {"error.stage": stage, "error.message": text, "mlflow.note.content": note})
+    client.set_terminated(run_id, status)
+
+
+def start_pipeline(workflow: str, experiment: str, config: Config) -> str:
+    """Open the parent run of one execution of a workflow and return its id.
+
+    Parameters
+    ----------
+    workflow : str
+        Name of the workflow.
+    experiment : str
+        MLflow experiment, made if it is new.
+    config : Config
+        Settings of all stages.
+    """
+    client = open_store()
+    tags = execution_tags(workflow) | code_tags() | {"sidflow.workflow": workflow}
+    name = f"{workflow} {datetime.now():%Y-%m-%d %H:%M:%S}"
+    run_id = str(client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id)
+    _set_tags(client, run_id, {"sidflow.pipeline": run_id})
+    _log_config(client, run_id, config)
+    _console.print(f"MLflow run {run_id} in experiment {experiment!r} of {without_secrets(tracking_uri())}")
+    return run_id
+
+
+def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str]:
+    """Tag the parent run with everything that the given artefacts came from, and close it.
+
+    A stage whose result came from Flyte's cache has no run in this execution: it is found by the
+    fingerprint of what it made, and so on upwards through what that run had read.
+
+    Parameters
+    ----------
+    run_id : str
+        The parent run; empty does nothing.
+    artifacts : sequence of Artifact
+        Last results of the workflow.
+
+    Returns
+    -------
+    dict of str to str
+        Stage to the id of the run that did the work, here or in an earlier execution.
+    """
+    if not run_id:
+        return {}
+    client = open_store()
+    _get_run(client, run_id)
+    everywhere = [e.experiment_id for e in client.search_experiments()]
+    waiting = [(key.split(".")[1], digest) for key, digest in _kinds("output", artifacts).items()]
+    tags: dict[str, str] = {}
+    stages: dict[str, str] = {}
+    seen: set[str] = set()
+    while waiting:
+        kind, digest = waiting.pop()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        maker = _maker(client, everywhere, kind, digest)
+        stage = maker.info.run_name if maker else "unknown"
+        tags[f"artifact.{stage}.{kind}"] = digest
+        if maker is not None:
+            tags[f"produced_by.{stage}.{kind}"] = maker.info.run_id
+            stages[stage] = maker.info.run_id
+            read = [item for item in maker.data.tags.items() if item[0].startswith("parent.")]
+            waiting += [(key.split(".")[1], value) for key, value in read]
+    for start in range(0, len(tags), 100):
+        _set_tags(client, run_id, dict(list(tags.items())[start : start + 100]))
+    client.set_terminated(run_id, "FINISHED")
+    return stages
+
+
+def _maker(client: MlflowClient, experiments: Sequence[str], kind: str, digest: str) -> Run | None:
+    """Return the latest run that finished with this artefact among its outputs."""
+    query = f"tags.`output.{kind}` = '{digest}' and attributes.status = 'FINISHED'"
+    found = client.search_runs(
+        list(experiments), query, max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    return found[0] if found else None
+
+
+def fail_execution(error: str) -> list[str]:
+    """Close every run of this Flyte execution that still says RUNNING as FAILED, and return their ids.
+
+    For the failure node of a workflow: a stage that lost its machine could not say so itself.
+    """
+    client = open_store()
+    execution = execution_tags("")["flyte.execution_id"]
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    query = f"tags.`flyte.execution_id` = '{execution}' and attributes.status = 'RUNNING'"
+    runs = client.search_runs(experiments, query)
+    for run in runs:
+        _close(client, run.info.run_id, "FAILED", run.info.run_name, error)
+    return [run.info.run_id for run in runs]

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs; making one takes seconds, so tests copy this one."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def flyte_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Iterator[Path]:
+    """Give Flyte and MLflow a place of their own: cache, artefacts, raw files and runs under ``tmp_path``."""
+    from flytekit import FlyteContextManager
+    from flytekit.core import local_cache
+    from flytekit.core.data_persistence import FileAccessProvider
+    from flytekit.core.type_engine import TypeEngine
+
+    home = tmp_path / ".sidflow"
+    home.mkdir()
+    shutil.copy(empty_store, home / "mlflow.db")
+    monkeypatch.setenv("SIDFLOW_HOME", str(home))
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(local_cache, "CACHE_LOCATION", str(home / "flyte-cache"))
+    monkeypatch.setattr(local_cache.LocalTaskCache, "_initialized", False)
+    TypeEngine._LITERAL_CACHE.clear()  # remembers the folders of equal artefacts in earlier tests
+    files = FileAccessProvider(str(tmp_path / "sandbox"), str(tmp_path / "raw"))
+    context = FlyteContextManager.current_context()
+    with FlyteContextManager.with_context(context.with_file_access(files)):
+        yield home

@@ -1,0 +1,305 @@
+"""Laws that every recommender of the union keeps, whatever it is made of."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import get_args
+
+import polars as pl
+import pytest
+import torch
+from torch import Tensor
+
+from components.artifacts import ArtifactError, RecommenderCheckpoint, SidTable
+from components.recommenders.build import (
+    RecommenderConfig,
+    build_recommender,
+    check_paths,
+    load_recommender,
+)
+from components.recommenders.causal import Causal, CausalConfig
+from components.recommenders.tiger import Tiger, TigerConfig
+from components.seams import BatchTokens, ItemTokens, SequenceBatch, SymbolSpace
+from components.tokenizers.sids import space_of
+from components.tokenizers.trie import build_trie
+
+Config = CausalConfig | TigerConfig
+KINDS = get_args(get_args(RecommenderConfig)[0])
+SIZE = {"dim": 16, "layers": 2, "heads": 2, "head_dim": 8, "hidden": 32, "dropout": 0.0, "max_history": 5}
+SPACE = SymbolSpace((4, 3), 3)
+STARTS = torch.tensor([0, 4, 7])
+ITEMS = 12
+every_kind = pytest.mark.parametrize("config", [kind(**SIZE) for kind in KINDS], ids=lambda c: c.kind)
+
+
+def symbols() -> Tensor:
+    sids = torch.cartesian_prod(*(torch.arange(*SPACE.range(step)) for step in range(3)))
+    return sids[torch.randperm(len(sids), generator=torch.Generator().manual_seed(0))[:ITEMS]]
+
+
+def batch(rows: int = 8) -> SequenceBatch:
+    generator = torch.Generator().manual_seed(1)
+    items = torch.randint(ITEMS, (rows, 5), generator=generator)
+    mask = torch.arange(5) < torch.randint(1, 6, (rows, 1), generator=generator)
+    target = torch.randint(ITEMS, (rows,), generator=generator)
+    return SequenceBatch(torch.arange(ITEMS), items, mask, target)
+
+
+def soft_tokens(table: Tensor) -> tuple[ItemTokens, list[Tensor]]:
+    """One-hot in value, softmax in gradient; return the logits too."""
+    generator = torch.Generator().manual_seed(2)
+    logits, weights = [], []
+    for level, size in enumerate(SPACE.codebook_sizes):
+        leaf = torch.randn(len(table), size, generator=generator).requires_grad_()
+        soft = leaf.softmax(dim=-1)
+        hard = torch.nn.functional.one_hot(table[:, level] - STARTS[level], size)
+        logits.append(leaf)
+        weights.append(hard + (soft - soft.detach()))
+    return ItemTokens(table, tuple(weights)), logits
+
+
+@every_kind
+def test_one_batch_can_be_learned(config: Config) -> None:
+    torch.manual_seed(0)
+    model, hard = build_recommender(config, SPACE), ItemTokens(symbols())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(26):
+        loss = model.loss(batch(), BatchTokens(hard, hard, hard)).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.75 * losses[0]
+
+
+@every_kind
+def test_fresh_weights_know_nothing(config: Config) -> None:
+    """The first loss is close to that of a uniform guess at every step."""
+    torch.manual_seed(0)
+    hard = ItemTokens(symbols())
+    steps = build_recommender(config, SPACE).loss(batch(), BatchTokens(hard, hard, hard)).steps
+    assert steps.tolist() == pytest.approx(torch.tensor([4.0, 3.0, 3.0]).log().tolist(), abs=0.1)
+
+
+@every_kind
+def test_soft_tokens_equal_hard_ones_in_value(config: Config) -> None:
+    torch.manual_seed(0)
+    model, table = build_recommender(config, SPACE), symbols()
+    hard, (soft, _) = ItemTokens(table), soft_tokens(table)
+    torch.testing.assert_close(model.symbols(soft), model.symbols(hard), rtol=0, atol=1e-6)
+    expected = model.loss(batch(), BatchTokens(hard, hard, hard))
+    found = model.loss(batch(), BatchTokens(soft, soft, soft))
+    torch.testing.assert_close(found.total, expected.total, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.steps, expected.steps, rtol=0, atol=1e-5)
+
+
+@every_kind
+def test_soft_and_hard_tokens_teach_the_recommender_the_same(config: Config) -> None:
+    torch.manual_seed(0)
+    model, table = build_recommender(config, SPACE), symbols()
+    hard, (soft, _) = ItemTokens(table), soft_tokens(table)
+    gradients = []
+    for tokens in (hard, soft):
+        model.zero_grad()
+        model.loss(batch(), BatchTokens(tokens, tokens, tokens)).total.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@every_kind
+def test_every_weight_learns(config: Config) -> None:
+    torch.manual_seed(0)
+    model, hard = build_recommender(config, SPACE), ItemTokens(symbols())
+    model.loss(batch(), BatchTokens(hard, hard, hard)).total.backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    assert idle == []
+
+
+def paths(hard: ItemTokens, soft: ItemTokens, *on: str) -> BatchTokens:
+    return BatchTokens(*(soft if field in on else hard for field in BatchTokens._fields))
+
+
+def moved(model: Causal | Tiger, *on: str) -> list[bool]:
+    """Which levels' assignment gets gradient when these paths carry weights."""
+    table = symbols()
+    soft, logits = soft_tokens(table)
+    model.loss(batch(), paths(ItemTokens(table), soft, *on)).total.backward()
+    return [x.grad is not None and float(x.grad.norm()) > 1e-10 for x in logits]
+
+
+@every_kind
+def test_the_target_alone_reaches_every_level(config: Config) -> None:
+    torch.manual_seed(0)
+    model = build_recommender(config, SPACE)
+    assert moved(model, "target") == [True, True]
+    assert moved(model) == [False, False]
+
+
+@pytest.mark.parametrize("path", ["history", "forced", "target"])
+def test_tiger_keeps_its_three_paths_apart(path: str) -> None:
+    torch.manual_seed(0)
+    assert moved(Tiger(TigerConfig(**SIZE), SPACE), path) == [True, True]
+
+
+def test_tiger_takes_each_gradient_from_its_own_tokens() -> None:
+    """The gradients of the three paths, taken one at a time, add up to that of all three."""
+    torch.manual_seed(0)
+    model, table = Tiger(TigerConfig(**SIZE), SPACE), symbols()
+
+    def gradient(*on: str) -> Tensor:
+        soft, logits = soft_tokens(table)
+        model.loss(batch(), paths(ItemTokens(table), soft, *on)).total.backward()
+        return torch.cat([x.grad for x in logits if x.grad is not None], dim=1)
+
+    alone = gradient("history") + gradient("forced") + gradient("target")
+    torch.testing.assert_close(alone, gradient("history", "forced", "target"), rtol=1e-4, atol=1e-6)
+
+
+def test_causal_refuses_half_of_a_token() -> None:
+    """In the loss and, with the same words, when the configuration is checked."""
+    torch.manual_seed(0)
+    config = CausalConfig(**SIZE)
+    model = Causal(config, SPACE)
+    assert moved(model, "history", "forced") == [True, True]
+    for half in ("history", "forced"):
+        with pytest.raises(ValueError, match="in one token.*on or off together") as in_loss:
+            moved(model, half)
+        with pytest.raises(ValueError) as in_check:
+            check_paths(config, history=half == "history", teacher_forcing=half == "forced")
+        assert str(in_loss.value) == str(in_check.value)
+
+
+def test_paths_that_can_be_told_apart_are_accepted() -> None:
+    for history in (False, True):
+        check_paths(CausalConfig(), history=history, teacher_forcing=history)
+        for forcing in (False, True):
+            check_paths(TigerConfig(), history=history, teacher_forcing=forcing)
+
+
+@every_kind
+def test_padding_does_not_enter_the_loss(config: Config) -> None:
+    """Rows of one batch lose on average what they lose one by one, whatever stands in the padding."""
+    torch.manual_seed(0)
+    model, hard, whole = build_recommender(config, SPACE), ItemTokens(symbols()), batch()
+    tokens = BatchTokens(hard, hard, hard)
+    with torch.no_grad():
+        together = model.loss(whole, tokens).total
+        other = whole._replace(items=whole.items.masked_fill(~whole.mask, 3))
+        assert model.loss(other, tokens).total == pytest.approx(together.item(), abs=1e-6)
+        summed, count = 0.0, 0
+        for row in range(len(whole.target)):
+            length = int(whole.mask[row].sum())
+            one = SequenceBatch(
+                whole.unique,
+                whole.items[row : row + 1, :length],
+                whole.mask[row : row + 1, :length],
+                whole.target[row : row + 1],
+            )
+            targets = length if model.positions == "all" else 1
+            summed += targets * model.loss(one, tokens).total.item()
+            count += targets
+    assert together.item() == pytest.approx(summed / count, abs=1e-5)
+
+
+def test_tiger_reads_the_latest_items_in_training_too() -> None:
+    torch.manual_seed(0)
+    model, hard, whole = Tiger(TigerConfig(**SIZE), SPACE), ItemTokens(symbols()), batch()
+    older = torch.full((len(whole.target), 3), 2)
+    full = torch.ones_like(whole.mask)
+    cut = whole._replace(mask=full)
+    long = whole._replace(
+        items=torch.cat([older, whole.items], dim=1), mask=torch.cat([older > 0, full], dim=1)
+    )
+    tokens = BatchTokens(hard, hard, hard)
+    torch.testing.assert_close(model.loss(long, tokens).total, model.loss(cut, tokens).total)
+
+
+def sid_table(suffix: int = 0) -> SidTable:
+    codes = (symbols() - STARTS).tolist()
+    return SidTable(
+        codes=pl.DataFrame(
+            {
+                "item_id": range(ITEMS),
+                "codes": [row[:2] for row in codes],
+                "suffix": [(row[2] + suffix) % 3 for row in codes],
+            },
+            schema=SidTable.SCHEMAS["codes"],
+        ),
+        codebook_sizes=[4, 3],
+        suffix_size=3,
+        shared=False,
+        tokenizer="t" * 64,
+    )
+
+
+def checkpoint_of(model: Causal | Tiger, table: SidTable) -> RecommenderCheckpoint:
+    return RecommenderCheckpoint(
+        weights=model.state_dict(),
+        config=model.config.model_dump(mode="json"),
+        sids=table.fingerprint,
+        step=1,
+        epoch=1,
+        metrics={},
+    )
+
+
+@every_kind
+def test_a_loaded_recommender_ranks_as_the_saved_one(
+    config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    torch.manual_seed(0)
+    table = sid_table()
+    model = build_recommender(config, space_of(table)).eval()
+    folder = tmp_path_factory.mktemp("recommender") / "checkpoint"
+    checkpoint_of(model, table).save(folder)
+    loaded = load_recommender(RecommenderCheckpoint.load(folder), table)
+    assert type(loaded) is type(model) and loaded.config == config and not loaded.training
+    with torch.no_grad():
+        lists = [
+            m.rank(batch(), symbols(), build_trie(symbols()), 5, exclude_seen=True) for m in (model, loaded)
+        ]
+    assert torch.equal(lists[0].items, lists[1].items) and torch.equal(lists[0].scores, lists[1].scores)
+
+
+def drop_a_weight(checkpoint: RecommenderCheckpoint) -> RecommenderCheckpoint:
+    name = min(checkpoint.weights)
+    return dataclasses.replace(checkpoint, weights={k: v for k, v in checkpoint.weights.items() if k != name})
+
+
+def add_a_weight(checkpoint: RecommenderCheckpoint) -> RecommenderCheckpoint:
+    return dataclasses.replace(checkpoint, weights=checkpoint.weights | {"extra": torch.zeros(1)})
+
+
+def widen(checkpoint: RecommenderCheckpoint) -> RecommenderCheckpoint:
+    return dataclasses.replace(checkpoint, config=checkpoint.config | {"dim": 32})
+
+
+def rename(checkpoint: RecommenderCheckpoint) -> RecommenderCheckpoint:
+    return dataclasses.replace(checkpoint, config=checkpoint.config | {"kind": "unheard-of"})
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop_a_weight, "weights do not fit"),
+        (add_a_weight, "weights do not fit"),
+        (widen, "weights do not fit"),
+        (rename, "unheard-of"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    config: Config, damage: Callable[[RecommenderCheckpoint], RecommenderCheckpoint], words: str
+) -> None:
+    table = sid_table()
+    checkpoint = checkpoint_of(build_recommender(config, space_of(table)), table)
+    with pytest.raises(ArtifactError, match=words):
+        load_recommender(damage(checkpoint), table)
+
+
+@every_kind
+def test_a_table_of_another_epoch_is_refused(config: Config) -> None:
+    checkpoint = checkpoint_of(build_recommender(config, SPACE), sid_table())
+    with pytest.raises(ArtifactError, match="symbols mean other items"):
+        load_recommender(checkpoint, sid_table(suffix=1))
