@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import polars as pl
 import safetensors.torch
@@ -58,9 +58,7 @@ class Artifact:
         for name, schema in self.SCHEMAS.items():
             found = getattr(self, name).schema
             if found != schema:
-                raise ArtifactError(
-                    f"{self.kind()}.{name}: wants columns {dict(schema)}, got {dict(found)}"
-                )
+                raise ArtifactError(f"{self.kind()}.{name}: wants columns {dict(schema)}, got {dict(found)}")
         self.check()
 
     def check(self) -> None:
@@ -102,7 +100,9 @@ class Artifact:
                 for name, value in self._values().items()
                 if not isinstance(value, pl.DataFrame | Artifact) and not _is_tensors(value)
             },
-            "digests": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self._payload.items())},
+            "digests": {
+                name: hashlib.sha256(data).hexdigest() for name, data in sorted(self._payload.items())
+            },
             "parts": {name: part.fingerprint for name, part in sorted(self._parts().items())},
         }
 
@@ -141,7 +141,9 @@ class Artifact:
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise ArtifactError(f"{folder}: another process wrote there first; name a new folder") from error
+                raise ArtifactError(
+                    f"{folder}: another process wrote there first; name a new folder"
+                ) from error
             raise
         _sync(folder.parent)
 
@@ -181,16 +183,20 @@ class Artifact:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ArtifactError(f"{folder}: {name} is not what was written (digest differs)")
             stem, suffix = name.rsplit(".", 1)
-            values[stem] = pl.read_parquet(BytesIO(data)) if suffix == "parquet" else safetensors.torch.load(data)
-        annotations = {f.name: f.type for f in fields(cls)}
+            values[stem] = (
+                pl.read_parquet(BytesIO(data)) if suffix == "parquet" else safetensors.torch.load(data)
+            )
+        kinds = get_type_hints(cls)
         for name in manifest["parts"]:
-            values[name] = annotations[name].load(folder / name)
-        unknown = sorted(values.keys() ^ (annotations.keys() - {"provenance"}))
+            values[name] = kinds[name].load(folder / name)
+        unknown = sorted(values.keys() ^ ({f.name for f in fields(cls)} - {"provenance"}))
         if unknown:
             raise ArtifactError(f"{folder}: manifest and {cls.kind()} disagree on the fields {unknown}")
         artifact = cls(**values, provenance=Provenance(**manifest["provenance"]))
         if artifact.fingerprint != manifest["fingerprint"]:
-            raise ArtifactError(f"{folder}: manifest.json was changed after it was written (fingerprint differs)")
+            raise ArtifactError(
+                f"{folder}: manifest.json was changed after it was written (fingerprint differs)"
+            )
         return artifact
 
 
@@ -213,7 +219,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder}: no artefact here (no manifest.json)") from None
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}: not valid JSON: {error}") from error
-    missing = {"kind", "format_version", "fields", "digests", "parts", "fingerprint", "provenance"} - set(manifest)
+    missing = {"kind", "format_version", "fields", "digests", "parts", "fingerprint", "provenance"} - set(
+        manifest
+    )
     if missing:
         raise ArtifactError(f"{path}: not a sidflow manifest, {sorted(missing)} are missing")
     return dict(manifest)
@@ -244,14 +252,14 @@ class InteractionLog(Artifact):
     SCHEMAS = {
         "events": pl.Schema(
             {
-                "user_id": pl.UInt32,
-                "item_id": pl.UInt32,
-                "position": pl.UInt32,
-                "timestamp": pl.Int64,
-                "rating": pl.Float32,
+                "user_id": pl.UInt32(),
+                "item_id": pl.UInt32(),
+                "position": pl.UInt32(),
+                "timestamp": pl.Int64(),
+                "rating": pl.Float32(),
             }
         ),
-        "users": pl.Schema({"user_id": pl.UInt32, "raw_id": pl.String}),
+        "users": pl.Schema({"user_id": pl.UInt32(), "raw_id": pl.String()}),
     }
     events: pl.DataFrame
     users: pl.DataFrame
@@ -268,8 +276,8 @@ class InteractionLog(Artifact):
             f"InteractionLog: {len(dense)} users have events, {len(self.users)} are named; ids must be dense from 0",
         )
         step = events.select(
-            user=pl.col("user_id").cast(pl.Int64).diff(),
-            position=pl.col("position").cast(pl.Int64).diff(),
+            user=pl.col("user_id").cast(pl.Int64()).diff(),
+            position=pl.col("position").cast(pl.Int64()).diff(),
             time=pl.col("timestamp").diff(),
             first=pl.col("position"),
         ).with_row_index("row")
@@ -295,12 +303,12 @@ class ItemCatalog(Artifact):
     SCHEMAS = {
         "items": pl.Schema(
             {
-                "item_id": pl.UInt32,
-                "raw_id": pl.String,
-                "title": pl.String,
-                "brand": pl.String,
-                "categories": pl.List(pl.String),
-                "text": pl.String,
+                "item_id": pl.UInt32(),
+                "raw_id": pl.String(),
+                "title": pl.String(),
+                "brand": pl.String(),
+                "categories": pl.List(pl.String()),
+                "text": pl.String(),
             }
         )
     }
@@ -311,7 +319,10 @@ class ItemCatalog(Artifact):
         require(len(self.items) > 0, "ItemCatalog.items is empty")
         _check_row_is_item("ItemCatalog.items", self.items)
         duplicated = self.items.filter(self.items["raw_id"].is_duplicated())
-        require(not len(duplicated), f"ItemCatalog.items: raw_id {duplicated['raw_id'].head(3).to_list()} occurs twice")
+        require(
+            not len(duplicated),
+            f"ItemCatalog.items: raw_id {duplicated['raw_id'].head(3).to_list()} occurs twice",
+        )
 
     @property
     def num_items(self) -> int:
@@ -326,7 +337,7 @@ class ContentEncoder(Artifact):
     ``vocabulary`` is empty and ``weights["projection"]`` has no elements where nothing was fitted.
     """
 
-    SCHEMAS = {"vocabulary": pl.Schema({"term": pl.String, "idf": pl.Float64})}
+    SCHEMAS = {"vocabulary": pl.Schema({"term": pl.String(), "idf": pl.Float64()})}
     vocabulary: pl.DataFrame
     weights: dict[str, Tensor]
     config: dict[str, Any]
@@ -354,7 +365,9 @@ class ContentEmbeddings(Artifact):
         finite = torch.isfinite(x).all(dim=1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
-            raise ArtifactError(f"ContentEmbeddings row {row}: a vector must be finite; {int((~finite).sum())} are not")
+            raise ArtifactError(
+                f"ContentEmbeddings row {row}: a vector must be finite; {int((~finite).sum())} are not"
+            )
 
     @property
     def matrix(self) -> Tensor:
@@ -378,7 +391,10 @@ class EmbeddingShard(Artifact):
 
     def check(self) -> None:
         """A place among the shards, two axes, float32, at least one row."""
-        require(0 <= self.shard < self.num_shards, f"EmbeddingShard {self.shard} of {self.num_shards}: count from 0")
+        require(
+            0 <= self.shard < self.num_shards,
+            f"EmbeddingShard {self.shard} of {self.num_shards}: count from 0",
+        )
         x = self.vectors.get("vectors")
         require(
             x is not None and x.ndim == 2 and x.dtype == torch.float32 and x.numel() > 0,
@@ -392,8 +408,8 @@ class EmbeddingShard(Artifact):
         return self.vectors["vectors"]
 
 
-SEQUENCE = pl.Schema({"user_id": pl.UInt32, "sequence": pl.List(pl.UInt32)})
-HELD_OUT = pl.Schema({"user_id": pl.UInt32, "history": pl.List(pl.UInt32), "target": pl.UInt32})
+SEQUENCE = pl.Schema({"user_id": pl.UInt32(), "sequence": pl.List(pl.UInt32())})
+HELD_OUT = pl.Schema({"user_id": pl.UInt32(), "history": pl.List(pl.UInt32()), "target": pl.UInt32()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,14 +436,17 @@ class SequenceSplit(Artifact):
             require(len(frame) > 0, f"SequenceSplit.{name} is empty")
             require(frame["user_id"].is_unique().all(), f"SequenceSplit.{name}: one row a user")
             empty = frame.filter(pl.col(ids).list.len() == 0)
-            require(not len(empty), f"SequenceSplit.{name}: user {empty['user_id'].to_list()[:1]} has no {ids}")
-            highest = max(int(x) for x in (frame[ids].list.max().max(), frame.get_column(frame.columns[-1]).explode().max()))
+            require(
+                not len(empty), f"SequenceSplit.{name}: user {empty['user_id'].to_list()[:1]} has no {ids}"
+            )
+            ids_met = pl.concat([frame[ids].explode(), *([frame["target"]] if name != "train" else [])])
+            highest = ids_met.to_numpy().max()
             require(highest < self.num_items, f"SequenceSplit.{name}: item {highest} of {self.num_items}")
 
     @property
     def num_training_targets(self) -> int:
         """Number of (prefix, next item) pairs in the training sequences."""
-        return int((self.train["sequence"].list.len().cast(pl.Int64) - 1).sum())
+        return int((self.train["sequence"].list.len().cast(pl.Int64()) - 1).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,7 +470,9 @@ class SidTable(Artifact):
     ``tokenizer`` is the fingerprint of the checkpoint that made the codes.
     """
 
-    SCHEMAS = {"codes": pl.Schema({"item_id": pl.UInt32, "codes": pl.List(pl.UInt16), "suffix": pl.UInt16})}
+    SCHEMAS = {
+        "codes": pl.Schema({"item_id": pl.UInt32(), "codes": pl.List(pl.UInt16()), "suffix": pl.UInt16()})
+    }
     codes: pl.DataFrame
     codebook_sizes: list[int]
     suffix_size: int
@@ -468,12 +489,12 @@ class SidTable(Artifact):
             f"SidTable: an item has between 1 and {len(self.codebook_sizes)} codes",
         )
         for level, size in enumerate(self.codebook_sizes):
-            highest = frame["codes"].list.get(level, null_on_oob=True).max()
+            codes = frame["codes"].list.get(level, null_on_oob=True).drop_nulls().to_numpy()
+            highest = codes.max(initial=0)
             require(
-                highest is None or int(highest) < size,
-                f"SidTable: code {highest} on level {level + 1}, the codebook has {size}",
+                highest < size, f"SidTable: code {highest} on level {level + 1}, the codebook has {size}"
             )
-        top = int(frame["suffix"].max())  # type: ignore[arg-type]
+        top = frame["suffix"].to_numpy().max()
         require(
             top < self.suffix_size,
             f"SidTable: suffix {top} is outside suffix_size {self.suffix_size}: raise suffix_size, or use more codes",
@@ -481,7 +502,9 @@ class SidTable(Artifact):
         twice = frame.filter(frame.select("codes", "suffix").is_duplicated())
         if len(twice):
             row = twice.row(0, named=True)
-            raise ArtifactError(f"SidTable: item {row['item_id']} shares SID {row['codes']}+{row['suffix']} with another")
+            raise ArtifactError(
+                f"SidTable: item {row['item_id']} shares SID {row['codes']}+{row['suffix']} with another"
+            )
 
     @property
     def num_items(self) -> int:
@@ -520,22 +543,22 @@ class EvaluationReport(Artifact):
     SCHEMAS = {
         "ranks": pl.Schema(
             {
-                "method": pl.String,
-                "seen": pl.String,
-                "user_id": pl.UInt32,
-                "target": pl.UInt32,
-                "rank": pl.UInt32,
+                "method": pl.String(),
+                "seen": pl.String(),
+                "user_id": pl.UInt32(),
+                "target": pl.UInt32(),
+                "rank": pl.UInt32(),
             }
         ),
         "metrics": pl.Schema(
             {
-                "method": pl.String,
-                "seen": pl.String,
-                "slice": pl.String,
-                "metric": pl.String,
-                "value": pl.Float64,
-                "low": pl.Float64,
-                "high": pl.Float64,
+                "method": pl.String(),
+                "seen": pl.String(),
+                "slice": pl.String(),
+                "metric": pl.String(),
+                "value": pl.Float64(),
+                "low": pl.Float64(),
+                "high": pl.Float64(),
             }
         ),
     }
@@ -556,13 +579,13 @@ class Comparison(Artifact):
         "metrics": EvaluationReport.SCHEMAS["metrics"],
         "differences": pl.Schema(
             {
-                "method": pl.String,
-                "baseline": pl.String,
-                "seen": pl.String,
-                "metric": pl.String,
-                "difference": pl.Float64,
-                "low": pl.Float64,
-                "high": pl.Float64,
+                "method": pl.String(),
+                "baseline": pl.String(),
+                "seen": pl.String(),
+                "metric": pl.String(),
+                "difference": pl.Float64(),
+                "low": pl.Float64(),
+                "high": pl.Float64(),
             }
         ),
     }
@@ -581,19 +604,24 @@ class CollisionReport(Artifact):
 
     SCHEMAS = {
         "groups": pl.Schema(
-            {"codes": pl.List(pl.UInt16), "size": pl.UInt32, "item_ids": pl.List(pl.UInt32), "texts": pl.List(pl.String)}
+            {
+                "codes": pl.List(pl.UInt16()),
+                "size": pl.UInt32(),
+                "item_ids": pl.List(pl.UInt32()),
+                "texts": pl.List(pl.String()),
+            }
         ),
-        "usage": pl.Schema({"level": pl.UInt8, "code": pl.UInt16, "count": pl.UInt32}),
+        "usage": pl.Schema({"level": pl.UInt8(), "code": pl.UInt16(), "count": pl.UInt32()}),
         "levels": pl.Schema(
             {
-                "level": pl.UInt8,
-                "codebook_size": pl.UInt32,
-                "codes_in_use": pl.UInt32,
-                "perplexity": pl.Float64,
-                "entropy": pl.Float64,
-                "prefixes": pl.UInt32,
-                "perplexity_in_prefix": pl.Float64,
-                "largest_share": pl.Float64,
+                "level": pl.UInt8(),
+                "codebook_size": pl.UInt32(),
+                "codes_in_use": pl.UInt32(),
+                "perplexity": pl.Float64(),
+                "entropy": pl.Float64(),
+                "prefixes": pl.UInt32(),
+                "perplexity_in_prefix": pl.Float64(),
+                "largest_share": pl.Float64(),
             }
         ),
     }
@@ -633,4 +661,6 @@ class Bundle(Artifact):
 def _check_row_is_item(name: str, frame: pl.DataFrame) -> None:
     wrong = frame.with_row_index("row").filter(pl.col("row") != pl.col("item_id"))
     if len(wrong):
-        raise ArtifactError(f"{name} row {wrong['row'][0]}: holds item {wrong['item_id'][0]}, row number is item id")
+        raise ArtifactError(
+            f"{name} row {wrong['row'][0]}: holds item {wrong['item_id'][0]}, row number is item id"
+        )

@@ -5,6 +5,7 @@ S = L + 1 steps of a SID (its codes, then the suffix), K codes of a codebook, Z 
 V symbols (all codes of all levels, then all suffixes), W beams.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -128,6 +129,10 @@ class Tokenizer(Protocol):
     """One (K, Z) a level; what joint training moves."""
     codebook_sizes: list[int]
     """K of each level."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield all parameters; those of an encoder are named ``encoder.``."""
+        ...
 
     def latents(self, x_ND: Tensor) -> Tensor:
         """Return the latents (N, Z) that the codebooks quantise; root mean square 1 over the training items."""

@@ -34,6 +34,8 @@ _SECONDS = 10.0
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 5000
 
+_ERROR_TAGS = {"error.stage", "error.message", "mlflow.note.content"}
+
 _console = Console(highlight=False, soft_wrap=True)
 
 
@@ -205,8 +207,7 @@ def tracked(
     tags = execution_tags(stage) | code_tags() | _kinds("parent", parents) | {"sidflow.stage": stage}
     experiment = _experiment(client, STANDALONE) if not run_id else ""
     if run_id:
-        experiment = _get_run(client, run_id).info.experiment_id
-        client.update_run(run_id, status="RUNNING")  # a retried stage revives a pipeline that was failed
+        experiment = _revive(client, run_id).info.experiment_id
         tags |= {"mlflow.parentRunId": run_id, "sidflow.pipeline": run_id}
     run = StageRun(client, client.create_run(experiment, tags=tags, run_name=stage).info.run_id, stage)
     try:
@@ -219,15 +220,27 @@ def tracked(
         run.flush()
         client.set_terminated(run.run_id, "FINISHED")
     except BaseException as error:
-        _close_broken(client, [run.run_id, *([run_id] if run_id else [])], stage, error)
+        _close_broken(run, run_id, error)
         raise
 
 
-def _close_broken(client: MlflowClient, run_ids: Sequence[str], stage: str, error: BaseException) -> None:
+def _revive(client: MlflowClient, run_id: str) -> Run:
+    """Return the run of a pipeline, set back to RUNNING if an earlier attempt at a stage had failed it."""
+    run = _get_run(client, run_id)
+    if run.info.status != "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+        for tag in _ERROR_TAGS & run.data.tags.keys():
+            client.delete_tag(run_id, tag)
+    return run
+
+
+def _close_broken(run: StageRun, pipeline: str, error: BaseException) -> None:
     status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    stage, text = run.stage, f"{type(error).__name__}: {error}"
     try:
-        for run_id in run_ids:
-            _close(client, run_id, status, stage, f"{type(error).__name__}: {error}")
+        for run_id in filter(None, (run.run_id, pipeline)):
+            _close(run.client, run_id, status, stage, text)
+        run.flush()
     except MlflowException as unreachable:
         error.add_note(
             f"MLflow could not be told that {stage} ended {status}: {without_secrets(str(unreachable))}"

@@ -90,7 +90,8 @@ def test_a_saved_encoder_reads_new_items_without_fitting(catalog: ItemCatalog, t
     old = encode_items(catalog, SMALL).matrix
     new = assemble([encode_shard(encoder, grown, 0, 1)], grown, encoder).matrix
     assert torch.equal(new[:35], old)
-    assert set((old @ new[35]).topk(2).indices.tolist()) <= {29, 34}  # pink lamp, pink teapot
+    nearness = old @ new[35]
+    assert nearness[28:].mean() > nearness[:28].mean() + 0.2  # the pink items come last
 
 
 def test_shards_survive_the_disk(catalog: ItemCatalog, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_assemble_names_the_shard_that_is_wrong(catalog: ItemCatalog) -> None:
         assemble([a, b, replace(c, vectors={"vectors": c.matrix[:, :5]})], catalog, encoder)
     with pytest.raises(ArtifactError, match="shard 1 of 3: made from another"):
         assemble([a, replace(b, encoder="0" * 64), c], catalog, encoder)
-    with pytest.raises(ArtifactError, match="EmbeddingShard 1 of 3 .* not empty"):
+    with pytest.raises(ValueError, match="EmbeddingShard 1 of 3 .* not empty"):
         replace(b, vectors={"vectors": b.matrix[:0]})
     with pytest.raises(ArtifactError, match="no shards"):
         assemble([], catalog, encoder)
@@ -270,6 +271,6 @@ def test_sentence_transformer_with_real_weights(catalog: ItemCatalog) -> None:
     assert torch.allclose(whole.matrix, encode_items(catalog, config).matrix, atol=1e-5)
     cosine_NN = whole.matrix @ whole.matrix.T
     assert cosine_NN[0, 7] > cosine_NN[0, 8]  # red mug: blue mug before blue lamp
+    other_weights = replace(encoder, config={**encoder.config, "sha256": "0" * 64})
     with pytest.raises(ArtifactError, match="the encoder was made with"):
-        fit_and_change = replace(encoder, config={**encoder.config, "sha256": "0" * 64})
-        encode_shard(fit_and_change, catalog, 0, 1)
+        encode_shard(other_weights, catalog, 0, 1)

@@ -97,14 +97,15 @@ def numbered_lines(file: Fetched) -> Iterator[tuple[int, bytes]]:
                 yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{file.name}: the gzip is cut off or damaged after line {number} ({error}); fetch the file again"
+            f"{file.name}: the gzip is cut off or damaged somewhere after line {number} ({error}); "
+            "fetch the file again"
         ) from error
 
 
 def _unpacked(path: Path) -> io.BufferedReader:
     if path.suffix != ".gz":
         return path.open("rb")
-    return io.BufferedReader(gzip.open(path), 1 << 20)
+    return io.BufferedReader(gzip.open(path), 1 << 16)
 
 
 def gather(

@@ -26,7 +26,8 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
     Of a user's sequence v with n events, ``leave_one_out`` gives v[:n-2] for training, (v[:n-2], v[n-2]) for
     validation and (v[:n-1], v[n-1]) for test, as SASRec, TIGER and their followers do. ``last_basket``
     predicts the first event of a basket from all earlier baskets: training ends before the last basket but
-    one. Users with fewer than three events, or baskets, are in training only, with their whole sequence.
+    one; a user of two baskets is tested on the second and has no validation row. Other users with fewer than
+    three events, or two baskets, are in training only, with their whole sequence.
 
     Parameters
     ----------
@@ -60,19 +61,18 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
         "take both from one ingestion",
     )
     cuts = _last_baskets(log) if config.protocol == "last_basket" else _last_events(log)
-    held = cuts.filter(pl.col("held_out"))
-    if not len(held):
+    if not cuts["valid_at"].count():
         unit = "baskets" if config.protocol == "last_basket" else "events"
         raise DataError(f"hold_out: none of {len(cuts)} users has 3 {unit}; there is nothing to hold out")
     split = SequenceSplit(
         train=cuts.select(
             "user_id",
             sequence=pl.col("items").list.head(
-                pl.when("held_out").then("valid_at").otherwise(pl.col("items").list.len())
+                pl.coalesce("valid_at", "test_at", pl.col("items").list.len())
             ),
         ),
-        valid=_held_out(held, "valid_at", config.max_history),
-        test=_held_out(held, "test_at", config.max_history),
+        valid=_held_out(cuts, "valid_at", config.max_history),
+        test=_held_out(cuts, "test_at", config.max_history),
         num_items=catalog.num_items,
         protocol=config.protocol,
         log=log.fingerprint,
@@ -86,10 +86,12 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
 
 
 def _last_events(log: InteractionLog) -> pl.DataFrame:
-    """One row a user: all items, the positions of the two targets, and whether there are any."""
+    """One row a user: all items, and the positions of the two targets or null."""
     count = pl.len().cast(pl.Int64)
     return log.events.group_by("user_id", maintain_order=True).agg(
-        items="item_id", valid_at=count - 2, test_at=count - 1, held_out=count >= 3
+        items="item_id",
+        valid_at=pl.when(count >= 3).then(count - 2),
+        test_at=pl.when(count >= 3).then(count - 1),
     )
 
 
@@ -109,16 +111,17 @@ def _last_baskets(log: InteractionLog) -> pl.DataFrame:
         .select(
             "user_id",
             "items",
-            valid_at=pl.col("begins").list.get(-2, null_on_oob=True),
-            test_at=pl.col("begins").list.get(-1),
-            held_out=pl.col("begins").list.len() >= 3,
+            valid_at=pl.when(pl.col("begins").list.len() >= 3).then(
+                pl.col("begins").list.get(-2, null_on_oob=True)
+            ),
+            test_at=pl.when(pl.col("begins").list.len() >= 2).then(pl.col("begins").list.get(-1)),
         )
     )
 
 
-def _held_out(held: pl.DataFrame, at: str, max_history: int) -> pl.DataFrame:
+def _held_out(cuts: pl.DataFrame, at: str, max_history: int) -> pl.DataFrame:
     items = pl.col("items")
-    return held.select(
+    return cuts.filter(pl.col(at).is_not_null()).select(
         "user_id",
         history=items.list.head(pl.col(at)).list.tail(max_history),
         target=items.list.get(pl.col(at)),
@@ -142,21 +145,21 @@ def check_no_leak(log: InteractionLog, split: SequenceSplit) -> None:
             f"check_no_leak: the split is of log {split.log[:12]}, got log {log.fingerprint[:12]}"
         )
     users = log.events.group_by("user_id", maintain_order=True).agg(items="item_id")
-    train = users.join(split.train, on="user_id", maintain_order="left").with_columns(
+    train = split.train.join(users, on="user_id", how="left", maintain_order="left").with_columns(
         train_end=pl.col("sequence").list.len()
     )
-    _refuse(
-        train.filter(pl.col("sequence") != pl.col("items").list.head("train_end")),
-        "train: is no beginning of",
-    )
+    beginning = pl.col("items").list.head("train_end")
+    _refuse(train.filter(pl.col("sequence").ne_missing(beginning)), "train: is no beginning of")
     valid = _target_places(log, train, split.valid, split.protocol).filter(
         pl.col("position") == pl.col("train_end")
     )
     _refuse(
         split.valid.join(valid, on="user_id", how="anti"), "valid: does not follow on the training events in"
     )
+    # With a validation row its target lies between the training events and the test target.
+    validated = pl.col("user_id").is_in(split.valid["user_id"].implode())
     test = _target_places(log, train, split.test, split.protocol).filter(
-        pl.col("position") > pl.col("train_end")
+        pl.col("position") >= pl.col("train_end") + validated.cast(pl.Int64)
     )
     _refuse(
         split.test.join(test, on="user_id", how="anti"),

@@ -10,7 +10,11 @@ from components.seams import ItemTokens, RecommenderLoss, SymbolSpace
 
 
 def step_losses(
-    logits: Callable[[Tensor, int], Tensor], hidden_PSD: Tensor, target: ItemTokens, items_P: Tensor, space: SymbolSpace
+    logits: Callable[[Tensor, int], Tensor],
+    hidden_PSD: Tensor,
+    target: ItemTokens,
+    items_P: Tensor,
+    space: SymbolSpace,
 ) -> RecommenderLoss:
     """Return the cross-entropy of the symbols of P predicted items.
 

@@ -30,7 +30,12 @@ class CodeHead(Protocol):
 
 
 def beam_search(
-    head: CodeHead, state: Any, trie: PrefixTrie, starts: list[int], width: int, excluded: Tensor | None = None
+    head: CodeHead,
+    state: Any,
+    trie: PrefixTrie,
+    starts: list[int],
+    width: int,
+    excluded: Tensor | None = None,
 ) -> Ranking:
     """Find the best items of each user.
 

@@ -31,7 +31,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def _split(self, x_BND: Tensor) -> Tensor:
-        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        batch, length, _ = x_BND.shape
+        return x_BND.view(batch, length, self.heads, -1).transpose(1, 2)
 
     def project(self, x_BND: Tensor) -> KeysValues:
         """Return the keys and values of a sequence, (B, H, N, E) each."""
@@ -114,7 +115,9 @@ class RelativeBias(nn.Module):
     Raffel et al., Exploring the Limits of Transfer Learning (JMLR 2020), section 2.1.
     """
 
-    def __init__(self, heads: int, *, bidirectional: bool, buckets: int = 32, max_distance: int = 128) -> None:
+    def __init__(
+        self, heads: int, *, bidirectional: bool, buckets: int = 32, max_distance: int = 128
+    ) -> None:
         super().__init__()
         self.bidirectional, self.max_distance = bidirectional, max_distance
         self.table = nn.Embedding(buckets, heads)
@@ -139,7 +142,9 @@ class RelativeBias(nn.Module):
 
 def mask_bias(mask_BC: Tensor) -> Tensor:
     """Turn a mask of present tokens into (B, 1, 1, C) scores: 0 where present, -inf where not."""
-    return torch.zeros(mask_BC.shape, device=mask_BC.device).masked_fill(~mask_BC, -math.inf)[:, None, None, :]
+    return torch.zeros(mask_BC.shape, device=mask_BC.device).masked_fill(~mask_BC, -math.inf)[
+        :, None, None, :
+    ]
 
 
 def reorder(cache: KeysValues, index_BW: Tensor) -> KeysValues:

@@ -150,7 +150,8 @@ def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], tau: float, top_prob
     for level, codebook_KZ in enumerate(codebooks):
         if not 1 / len(codebook_KZ) < top_probability < 1:
             raise ValueError(
-                f"top_probability must lie between 1/{len(codebook_KZ)} (level {level + 1}) and 1, got {top_probability}"
+                f"top_probability must lie between 1/{len(codebook_KZ)} (level {level + 1}) and 1, "
+                f"got {top_probability}"
             )
         distance_NK = squared_distances(residual, codebook_KZ)
         low, high = -20.0, 20.0  # of log scale; the mean top probability falls as the scale grows
@@ -195,14 +196,17 @@ class LiveSids(nn.Module):
         self.exploration, self.paths, self.generator = exploration, paths, generator
         self.residual, self.train_encoder = residual, train_encoder
         self.register_buffer("_x_ND", x_ND, persistent=False)
-        self.register_buffer("_latents", None if train_encoder else tokenizer.latents(x_ND).detach(), persistent=False)
+        self.register_buffer(
+            "_latents", None if train_encoder else tokenizer.latents(x_ND).detach(), persistent=False
+        )
         symbols = table_symbols(table)
         starts = torch.tensor([self.space.range(step)[0] for step in range(self.space.num_steps)])
         self.register_buffer("codes", (symbols - starts)[:, :-1])
         self.register_buffer("suffix", (symbols - starts)[:, -1])
         self.register_buffer("starts", starts)
         self.register_buffer(
-            "scales", logit_scales(self.latents(), list(tokenizer.codebooks), exploration.tau, top_probability)
+            "scales",
+            logit_scales(self.latents(), list(tokenizer.codebooks), exploration.tau, top_probability),
         )
 
     def latents(self) -> Tensor:
@@ -216,17 +220,23 @@ class LiveSids(nn.Module):
 
     def assign(self, item_ids: Tensor) -> tuple[BatchTokens, Quantized]:
         """Pass items (U,) through the tokenizer once; return their tokens and the pass itself."""
-        z_UZ = self.tokenizer.latents(self._x_ND[item_ids]) if self._latents is None else self._latents[item_ids]
+        z_UZ = (
+            self.tokenizer.latents(self._x_ND[item_ids]) if self._latents is None else self._latents[item_ids]
+        )
         table_UL = self.codes[item_ids]
         follow = table_UL if self.residual == "table" else None
-        q = explore(z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, self.generator, follow)
+        q = explore(
+            z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, self.generator, follow
+        )
         symbols = torch.cat([table_UL, self.suffix[item_ids, None]], dim=1) + self.starts
         hard = ItemTokens(symbols)
         if not self.exploration.surrogate:
             return BatchTokens(hard, hard, hard), q
         soft = ItemTokens(symbols, self._weights(table_UL, q.probabilities, 1.0))
         weight = self.paths.target_weight
-        target = soft if weight == 1 else ItemTokens(symbols, self._weights(table_UL, q.probabilities, weight))
+        target = (
+            soft if weight == 1 else ItemTokens(symbols, self._weights(table_UL, q.probabilities, weight))
+        )
         return (
             BatchTokens(
                 soft if self.paths.history else hard,
@@ -238,7 +248,9 @@ class LiveSids(nn.Module):
 
     @staticmethod
     def _weights(table_UL: Tensor, probabilities: Sequence[Tensor], weight: float) -> tuple[Tensor, ...]:
-        return tuple(straight_through(code, weight * p) for code, p in zip(table_UL.T, probabilities, strict=True))
+        return tuple(
+            straight_through(code, weight * p) for code, p in zip(table_UL.T, probabilities, strict=True)
+        )
 
     def tokens(self, item_ids: Tensor) -> BatchTokens:
         """Return the tokens of distinct items (U,)."""
@@ -260,7 +272,9 @@ class LiveSids(nn.Module):
         """
         before = self.codes
         codes = self.tokenizer.encode(self._x_ND)
-        table = codes_to_table(codes, list(self.space.codebook_sizes), self.space.suffix_size, "", self.table())
+        table = codes_to_table(
+            codes, list(self.space.codebook_sizes), self.space.suffix_size, "", self.table()
+        )
         symbols = table_symbols(table).to(before.device) - self.starts
         self.codes, self.suffix = symbols[:, :-1], symbols[:, -1]
         return (codes != before).any(dim=1)

@@ -57,7 +57,9 @@ def build_trie(symbols: Tensor) -> PrefixTrie:
     differs[1:] = (ordered[1:] != ordered[:-1]).int().cumsum(dim=1) > 0
     if not bool(differs[:, -1].all()):
         row = int((~differs[:, -1]).nonzero()[0])
-        raise ValueError(f"items {int(order[row - 1])} and {int(order[row])} share the SID {ordered[row].tolist()}")
+        raise ValueError(
+            f"items {int(order[row - 1])} and {int(order[row])} share the SID {ordered[row].tolist()}"
+        )
 
     symbol, parents, offset = [torch.tensor([-1])], [torch.tensor([0])], 1
     path_sorted = torch.zeros(num_items, num_steps + 1, dtype=torch.long)

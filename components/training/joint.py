@@ -158,8 +158,9 @@ def train_jointly(
     stage, joint = config.recommender, config.joint
     device = device_of(stage.device)
     generator = seed_everything(stage.seed)
+    module = load_tokenizer(tokenizer)
     live = LiveSids(
-        load_tokenizer(tokenizer),
+        module,
         embeddings.matrix,
         sids,
         build_exploration(joint.exploration),
@@ -172,7 +173,11 @@ def train_jointly(
     recommender = build_recommender(stage.model, live.space).to(device)
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(recommender.parameters()), "lr": stage.optim.lr, "weight_decay": stage.optim.weight_decay},
+            {
+                "params": list(recommender.parameters()),
+                "lr": stage.optim.lr,
+                "weight_decay": stage.optim.weight_decay,
+            },
             {
                 "params": list(live.trained_parameters()),
                 "lr": joint.tokenizer_lr,
@@ -245,7 +250,7 @@ def train_jointly(
         seed=stage.seed,
     )
     trained = checkpoint_of(
-        live.tokenizer,
+        module,
         embeddings=embeddings.fingerprint,
         steps=tokenizer.steps + result.step,
         metrics={name: value for name, value in result.metrics.items() if name.startswith("sids/")},

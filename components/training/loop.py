@@ -110,31 +110,11 @@ def fit(
     best: FitResult | None = None
     if resume is not None:
         epoch, steps, waited, best = _restore(resume, modules, optimizer, schedule, generator)
-    resumed = resume is not None
-    while True:
-        out_of_patience = config.patience is not None and waited >= config.patience
-        if epoch and (epoch % config.validate_every == 0 or epoch >= config.epochs):
-            if not resumed:
-                for module in modules.values():
-                    module.eval()
-                with torch.no_grad():
-                    figures = dict(validate(epoch))
-                log(steps, {"epoch": epoch, **figures})
-                if best is None or figures[select] > best.metrics[select]:
-                    best, waited = FitResult(_states(modules), epoch, steps, figures), 0
-                else:
-                    waited += 1
-                out_of_patience = config.patience is not None and waited >= config.patience
-                save(_snapshot(epoch, steps, waited, best, modules, optimizer, schedule, generator))
-            resumed = False
-        if epoch >= config.epochs or out_of_patience:
-            assert best is not None
-            return best
-
+    patience = math.inf if config.patience is None else config.patience
+    while epoch < config.epochs and waited < patience:
         for module in modules.values():
             module.train()
-        sums: dict[str, Tensor] = {}
-        counted = 0
+        since_log, since_epoch = Means(), Means()
         for batch in batches(epoch):
             losses = step(batch)
             optimizer.zero_grad(set_to_none=True)
@@ -145,20 +125,54 @@ def fit(
             optimizer.step()
             schedule.step()
             steps += 1
-            counted += 1
-            for name, value in losses.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().to("cpu", non_blocking=True)
+            since_log.add(losses)
+            since_epoch.add({"loss": losses["loss"]})
             if steps % config.log_every == 0:
-                mean = _means(sums, counted)
-                if not math.isfinite(mean["loss"]):
-                    raise FloatingPointError(f"step {steps}: the loss is {mean['loss']}; lower the learning rate")
-                log(steps, {f"train/{name}": value for name, value in mean.items()})
-                sums, counted = {}, 0
+                log(steps, {f"train/{name}": value for name, value in since_log.take(steps).items()})
         epoch += 1
+        if epoch % config.validate_every and epoch < config.epochs:
+            continue
+
+        for module in modules.values():
+            module.eval()
+        with torch.no_grad():
+            figures = dict(validate(epoch))
+        log(steps, {"epoch": epoch, **since_epoch.take(steps), **figures})
+        if best is None or figures[select] > best.metrics[select]:
+            best, waited = FitResult(_states(modules), epoch, steps, figures), 0
+        else:
+            waited += 1
+        save(_snapshot(epoch, steps, waited, best, modules, optimizer, schedule, generator))
+    assert best is not None
+    return best
 
 
-def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    return {name: float(value) / count for name, value in sums.items()}
+class Means:
+    """Running means of named scalars; they stay on their device until they are taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one step's values."""
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = value.detach() + self._sums.get(name, 0)
+
+    def take(self, step: int) -> dict[str, float]:
+        """Return the means and start anew.
+
+        Raises
+        ------
+        FloatingPointError
+            The loss is no longer finite.
+        """
+        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"step {step}: the loss is {means['loss']}; lower the learning rate")
+        self._sums, self._count = {}, 0
+        return means
 
 
 def _states(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from typing import Literal
 import polars as pl
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.artifacts import ArtifactError, Provenance, RecommenderCheckpoint, SequenceSplit, SidTable
 from components.config import Config
@@ -19,9 +19,10 @@ from components.data.batches import (
 )
 from components.metrics.ranking import contributions, ranks_in_lists
 from components.recommenders.build import RecommenderConfig, build_recommender
-from components.recommenders.causal import CausalConfig
+from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.decoding import rank_rows
-from components.seams import SequenceBatch
+from components.recommenders.tiger import Tiger
+from components.seams import Recommender, SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.sources import FrozenSids
 from components.training.loop import Log, LoopConfig, State, cosine, fit
@@ -76,7 +77,11 @@ def device_of(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def epoch_batches(
-    recommender: nn.Module, train: pl.DataFrame, max_history: int, batch_size: int, generator: torch.Generator
+    recommender: Causal | Tiger,
+    train: pl.DataFrame,
+    max_history: int,
+    batch_size: int,
+    generator: torch.Generator,
 ) -> Callable[[int], Iterator[SequenceBatch]]:
     """Return the batches of an epoch, in the form that the recommender learns from."""
     if recommender.positions == "last":
@@ -85,7 +90,9 @@ def epoch_batches(
     return lambda epoch: training_batches(window_rows(train, max_history, generator), batch_size, generator)
 
 
-def steps_an_epoch(recommender: nn.Module, train: pl.DataFrame, max_history: int, batch_size: int) -> int:
+def steps_an_epoch(
+    recommender: Causal | Tiger, train: pl.DataFrame, max_history: int, batch_size: int
+) -> int:
     """Count the batches of an epoch; windows are cut at random, so this is the count of one draw."""
     rows = (
         prefix_rows(train, max_history)
@@ -102,7 +109,7 @@ class Validator:
         self._rows: Rows = held_out_rows(valid.sample(min(config.users, len(valid)), seed=seed, shuffle=True))
         self._config = config
 
-    def __call__(self, recommender: nn.Module, symbols: Tensor) -> dict[str, float]:
+    def __call__(self, recommender: Recommender, symbols: Tensor) -> dict[str, float]:
         """Return R@10 and N@10 with seen items kept."""
         ranking = rank_rows(
             recommender, self._rows, symbols, self._config.batch_size, self._config.beams, exclude_seen=False

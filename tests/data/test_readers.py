@@ -1,4 +1,4 @@
-"""Every reader gives back what was written, under the raw ids of the source; bad files get an error that helps."""
+"""Every reader gives back what was written, under the raw ids of the source; bad files get a clear error."""
 
 import gzip
 import hashlib
@@ -83,8 +83,11 @@ def amazon_config(reviews: Path, meta: Path, release: int = 2018, dialect: str =
     return IngestConfig.model_validate({"source": source, "k_core": 0} | settings)
 
 
-def tabular_config(interactions: Path, items: Path | None = None, settings: dict | None = None, **source):
-    source = {"kind": "tabular", "interactions": {"path": str(interactions)}} | source
+def tabular_config(
+    interactions: Path | dict, items: Path | None = None, settings: dict | None = None, **source
+):
+    file = interactions if isinstance(interactions, dict) else {"path": str(interactions)}
+    source = {"kind": "tabular", "interactions": file} | source
     if items is not None:
         source["items"] = {"path": str(items)}
     return IngestConfig.model_validate({"source": source, "k_core": 0} | (settings or {}))
@@ -275,16 +278,14 @@ def test_samples_round_trip(name: str, size: tuple[int, int, int]) -> None:
 def test_a_uri_reads_as_the_path_does(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "e.csv.gz", csv_lines())
     local = ingest(tabular_config(path, settings={"empty_text": "keep"}))
-    remote = ingest(
-        tabular_config(Path("x"), settings={"empty_text": "keep"}, interactions={"path": f"file://{path}"})
-    )
+    remote = ingest(tabular_config({"path": f"file://{path}"}, settings={"empty_text": "keep"}))
     assert local.log.fingerprint == remote.log.fingerprint
 
 
 def test_missing_file(tmp_path: Path) -> None:
     for path in (str(tmp_path / "absent.csv"), f"file://{tmp_path}/absent.csv"):
         with pytest.raises(FileNotFoundError, match=r"absent.csv: no such file"):
-            ingest(tabular_config(Path("x"), interactions={"path": path}))
+            ingest(tabular_config({"path": path}))
 
 
 @pytest.mark.parametrize("malformed", ["fail", "skip"])
@@ -293,14 +294,16 @@ def test_truncated_gzip_is_never_skipped(tmp_path: Path, malformed: str) -> None
     reviews = write_lines(tmp_path / "r.json.gz", lines)
     reviews.write_bytes(reviews.read_bytes()[:-200])
     meta = write_lines(tmp_path / "m.json", [json.dumps(product(2018, "B2", "Lamp"))])
-    with pytest.raises(DataError, match=r"r.json.gz: the gzip is cut off or damaged after line \d{4}"):
+    with pytest.raises(
+        DataError, match=r"r.json.gz: the gzip is cut off or damaged somewhere after line \d{4}"
+    ):
         ingest(amazon_config(reviews, meta, malformed=malformed))
 
 
 def test_gzip_in_name_only(tmp_path: Path) -> None:
     path = tmp_path / "e.csv.gz"
     path.write_text("\n".join(csv_lines()))
-    with pytest.raises(DataError, match=r"e.csv.gz: .*after line 0 \(Not a gzipped file"):
+    with pytest.raises(DataError, match=r"e.csv.gz: .*somewhere after line 0 \(Not a gzipped file"):
         ingest(tabular_config(path))
 
 
@@ -423,9 +426,7 @@ def test_letter_faults(tmp_path: Path, content: str, message: str) -> None:
 def test_digest_pin(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "e.csv", csv_lines())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    pinned = tabular_config(
-        path, settings={"empty_text": "keep"}, interactions={"path": str(path), "sha256": digest}
-    )
+    pinned = tabular_config({"path": str(path), "sha256": digest}, settings={"empty_text": "keep"})
     assert sequences(ingest(pinned)) == WANTED
     path.write_bytes(path.read_bytes() + b"u9,B3,900\n")
     with pytest.raises(DataError, match=f"pinned is {digest}"):

@@ -233,8 +233,8 @@ def test_nothing_excluded_equals_no_exclusion() -> None:
     assert mixed.scores[2, 0] == free.scores[2][free.items[2] == 13]
 
 
-def test_exclusion_of_any_items_equals_filtering(  # one law over many random histories, no model needed
-) -> None:
+def test_exclusion_of_any_items_equals_filtering() -> None:
+    """One law over many random histories; no model needed."""
     generator = torch.Generator().manual_seed(5)
     users = 200
     logits = [

@@ -1,13 +1,11 @@
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import polars as pl
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from flytekit import FlyteContextManager, task, workflow
 from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.type_engine import TypeEngine
@@ -135,8 +133,9 @@ def test_something_that_is_no_artefact_at_all_is_refused():
 def test_a_cached_result_whose_folder_was_deleted_says_what_to_remove(flyte_home):
     made = pipeline(seed=0, run_id="a")
     shutil.rmtree(stored_at("SidTable", made.fingerprint))
-    with pytest.raises(Exception, match=r"SidTable is gone.*flyte-cache"):
+    with pytest.raises(TypeError) as raised:
         pipeline(seed=0, run_id="a")
+    assert "SidTable is gone" in str(raised.value.__cause__) and "flyte-cache" in str(raised.value.__cause__)
 
 
 def test_the_same_content_is_written_once(flyte_home):
@@ -175,12 +174,10 @@ def test_a_full_disk_leaves_no_folder_and_no_cache_entry(flyte_home, monkeypatch
         path.write_bytes(data[: len(data) // 2])
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(artifacts, "_write_synced", full)
-    with pytest.raises(Exception, match="No space left on device"):
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="No space left on device"):
+        patch.setattr(artifacts, "_write_synced", full)
         pipeline(seed=0, run_id="a")
     assert not list((flyte_home / "artifacts").rglob("manifest.json"))
-    monkeypatch.undo()
-    monkeypatch.setenv("SIDFLOW_HOME", str(flyte_home))
     assert pipeline(seed=0, run_id="a").num_items == 2
 
 
@@ -188,7 +185,10 @@ def test_a_section_of_the_settings_reaches_its_stage():
     assert configured(config=Settings(loop=Loop(epochs=7))) == 7
 
 
-def test_help_shows_what_a_setting_means_and_no_schema(tmp_path):
+@pytest.mark.filterwarnings(
+    "ignore:The '__version__' attribute is deprecated:DeprecationWarning"
+)  # rich-click
+def test_help_shows_what_a_setting_means_and_no_schema(tmp_path, monkeypatch):
     script = tmp_path / "flow.py"
     script.write_text(
         "from components.config import Config\n"
@@ -209,17 +209,19 @@ def test_help_shows_what_a_setting_means_and_no_schema(tmp_path):
     (tmp_path / "good.yaml").write_text("epochs: 5\n")
     (tmp_path / "wrong.yaml").write_text("epoch: 5\n")
 
-    def pyflyte(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("pyflyte")), "run", "flow.py", "stage", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    from flytekit.clis.sdk_in_container.pyflyte import main as pyflyte_command
 
-    shown = pyflyte("--help").stdout
-    assert "Settings of the stage. [required]" in " ".join(shown.split())
+    def pyflyte(*arguments: str) -> Result:
+        return CliRunner().invoke(pyflyte_command, ["run", "flow.py", "stage", *arguments])
+
+    shown = pyflyte("--help").output
+    assert "Settings of the stage." in shown
     assert "$defs" not in shown and "properties" not in shown
     done = pyflyte("--sids", "sids", "--config", "good.yaml")
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("10"), done.stderr
+    assert done.exit_code == 0 and done.output.rstrip().endswith("10"), done.output
     refused = pyflyte("--sids", "sids", "--config", "wrong.yaml")
-    assert refused.returncode != 0 and "epoch" in refused.stderr and "Extra inputs" in refused.stderr
+    assert refused.exit_code != 0 and "epoch" in refused.output and "Extra inputs" in refused.output
 
 
 def test_two_processes_that_save_the_same_content_both_succeed(flyte_home, monkeypatch):

@@ -1,0 +1,53 @@
+# Everything a newcomer needs, one command each. `make` alone lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PRESET ?= quickstart
+SET ?=
+PORT ?= 5000
+# The first interpreter that answers with a version sidflow supports.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "sidflow needs Python 3.11 or 3.12: none found; name one with make PYTHON=..."; exit 1; }
+	@echo "installing into $(VENV) with $$($(PYTHON) --version), a few minutes the first time ..."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,flyte,dev]'
+	@touch $(STAMP)
+
+.PHONY: install run test check format ui bench clean help
+install: $(STAMP) ## create .venv with the pinned dependencies
+
+run: $(STAMP) ## train, compare and report on the shipped sample (PRESET=quickstart, SET="recommender.loop.epochs=2")
+	@$(BIN)/python -m workflows.config $(PRESET) $(SET) > .sidflow-config.yaml \
+		&& mkdir -p .sidflow && mv .sidflow-config.yaml .sidflow/config.yaml
+	@$(BIN)/pyflyte run workflows/joint.py joint --config .sidflow/config.yaml
+
+test: $(STAMP) ## run the default test suite
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## lint, types, formatting and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(STAMP) ## open MLflow over the local store on 127.0.0.1 (PORT=5000)
+	@echo "MLflow on http://127.0.0.1:$(PORT) - stop with Ctrl-C"
+	@$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(CURDIR)/.sidflow/mlflow.db
+
+bench: $(STAMP) ## run the benchmarks; results go to benchmarks/results
+	$(BIN)/python benchmarks/decode.py
+
+clean: ## remove runs, artefacts and caches; keeps .venv
+	rm -rf .sidflow .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-9s %s\n", $$1, $$2}'

@@ -1,0 +1,211 @@
+"""Held-out events: counts, histories and the law that nothing later leaks."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.artifacts import InteractionLog, ItemCatalog, SequenceSplit
+from components.data.ingest import IngestConfig, Ingested, ingest
+from components.data.raw import DataError
+from components.data.splits import SplitConfig, check_no_leak, hold_out
+from components.data.tabular import TabularSource
+
+LAW = settings(max_examples=20, deadline=None)
+# One list of (item, wait in seconds) a user; a wait of 0 stays in the basket.
+USERS = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=9), min_size=1, max_size=8
+)
+
+
+def logged(users: list[list[tuple[int, int]]], timed: bool = True) -> Ingested:
+    rows = []
+    for user, events in enumerate(users):
+        clock = 0
+        for position, (item, wait) in enumerate(events):
+            clock += wait
+            rows.append((user, item, position, clock if timed else None, None))
+    log = InteractionLog(
+        events=pl.DataFrame(rows, schema=InteractionLog.SCHEMAS["events"], orient="row"),
+        users=pl.DataFrame(
+            {"user_id": range(len(users)), "raw_id": [str(u) for u in range(len(users))]},
+            schema=InteractionLog.SCHEMAS["users"],
+        ),
+        sources=[],
+        statistics={},
+    )
+    items = {
+        "item_id": range(6),
+        "raw_id": list("abcdef"),
+        "title": None,
+        "brand": None,
+        "categories": None,
+        "text": "x",
+    }
+    return Ingested(log, ItemCatalog(items=pl.DataFrame(items, schema=ItemCatalog.SCHEMAS["items"])))
+
+
+def baskets(events: list[tuple[int, int]]) -> list[list[int]]:
+    parted: list[list[int]] = []
+    for place, (item, wait) in enumerate(events):
+        if place == 0 or wait:
+            parted.append([])
+        parted[-1].append(item)
+    return parted
+
+
+def rows(frame: pl.DataFrame) -> dict[int, tuple]:
+    return {user: tuple(rest) for user, *rest in frame.iter_rows()}
+
+
+def flat(parts: list[list[int]]) -> list[int]:
+    return [item for part in parts for item in part]
+
+
+@LAW
+@given(USERS, st.integers(1, 4))
+def test_leave_one_out_is_the_naive_split(users: list[list[tuple[int, int]]], cap: int) -> None:
+    users = [*users, [(0, 1), (1, 1), (2, 1)]]
+    log, catalog = logged(users, timed=False)
+    split = hold_out(log, catalog, SplitConfig(max_history=cap))
+    for user, events in enumerate(users):
+        v, n = [item for item, _ in events], len(events)
+        assert rows(split.train)[user] == ((v[: n - 2] if n >= 3 else v),)
+        if n >= 3:
+            assert rows(split.valid)[user] == (v[: n - 2][-cap:], v[n - 2])
+            assert rows(split.test)[user] == (v[: n - 1][-cap:], v[n - 1])
+        else:
+            assert user not in rows(split.valid)
+            assert user not in rows(split.test)
+    lengths = [len(events) for events in users]
+    assert split.num_training_targets == sum(n - 3 if n >= 3 else n - 1 for n in lengths)
+
+
+@LAW
+@given(USERS, st.integers(1, 4))
+def test_last_basket_is_the_naive_split(users: list[list[tuple[int, int]]], cap: int) -> None:
+    users = [*users, [(0, 1), (1, 1), (2, 1)]]
+    log, catalog = logged(users)
+    split = hold_out(log, catalog, SplitConfig(protocol="last_basket", max_history=cap))
+    for user, events in enumerate(users):
+        b = baskets(events)
+        assert rows(split.train)[user] == (flat(b[: -min(len(b) - 1, 2)] if len(b) > 1 else b),)
+        if len(b) >= 3:
+            assert rows(split.valid)[user] == (flat(b[:-2])[-cap:], b[-2][0])
+        else:
+            assert user not in rows(split.valid)
+        if len(b) >= 2:
+            assert rows(split.test)[user] == (flat(b[:-1])[-cap:], b[-1][0])
+        else:
+            assert user not in rows(split.test)
+
+
+@LAW
+@given(USERS, st.sampled_from(["leave_one_out", "last_basket"]), st.data())
+def test_a_history_that_knows_its_target_is_refused(users, protocol: str, data) -> None:
+    # Distinct items inside a user, so that the target stands at one place only.
+    users = [[(place, wait) for place, (_, wait) in enumerate(events[:6])] for events in users]
+    users = [*users, [(0, 1), (1, 1), (2, 1)]]
+    log, catalog = logged(users)
+    split = hold_out(log, catalog, SplitConfig(protocol=protocol))
+    name = data.draw(st.sampled_from(["valid", "test"]))
+    frame: pl.DataFrame = getattr(split, name)
+    user = data.draw(st.sampled_from(frame["user_id"].to_list()))
+    leaked = pl.when(pl.col("user_id") == user).then(pl.concat_list("history", "target")).otherwise("history")
+    with pytest.raises(DataError, match=f"leak in {name}: .* user {user} "):
+        check_no_leak(log, dataclasses.replace(split, **{name: frame.with_columns(history=leaked)}))
+
+
+@pytest.fixture
+def walked() -> Ingested:
+    return logged([[(0, 1), (1, 1), (2, 1), (3, 1), (4, 1)], [(5, 1), (4, 1)]])
+
+
+def changed(split: SequenceSplit, name: str, column: str, values: list) -> SequenceSplit:
+    frame: pl.DataFrame = getattr(split, name)
+    return dataclasses.replace(
+        split, **{name: frame.with_columns(pl.Series(column, values, frame.schema[column]))}
+    )
+
+
+def test_other_leaks_are_refused(walked: Ingested) -> None:
+    log, catalog = walked
+    split = hold_out(log, catalog, SplitConfig())
+    faults = [
+        ("train", "sequence", [[0, 1, 2, 3], [5, 4]], "valid: does not follow on the training events"),
+        ("train", "sequence", [[0, 2, 1], [5, 4]], "train: is no beginning of the log of user 0"),
+        ("train", "sequence", [[0, 1, 2], [4, 5]], "train: is no beginning of the log of user 1"),
+        ("train", "user_id", [0, 7], "train: is no beginning of the log of user 7"),
+        ("test", "history", [[0, 1, 2, 4]], "test: history and target"),
+        ("test", "target", [2], "test: history and target"),
+    ]
+    for name, column, values, message in faults:
+        with pytest.raises(DataError, match=message):
+            check_no_leak(log, changed(split, name, column, values))
+    with pytest.raises(DataError, match="the split is of log"):
+        check_no_leak(logged([[(0, 1), (1, 1), (2, 1)]]).log, split)
+
+
+def test_no_target_shares_its_time_with_a_history_of_baskets() -> None:
+    log, catalog = logged([[(0, 1), (1, 1), (2, 1), (3, 0)]])
+    split = hold_out(log, catalog, SplitConfig(protocol="last_basket"))
+    inside = changed(changed(split, "test", "history", [[0, 1, 2]]), "test", "target", [3])
+    with pytest.raises(DataError, match="test: history and target do not follow"):
+        check_no_leak(log, inside)
+    check_no_leak(log, dataclasses.replace(inside, protocol="leave_one_out"))
+
+
+def test_a_split_names_its_origins_and_keeps_training_whole() -> None:
+    log, catalog = logged([[(i % 6, 1) for i in range(200)]])
+    split = hold_out(log, catalog, SplitConfig())
+    assert (split.log, split.catalog) == (log.fingerprint, catalog.fingerprint)
+    assert split.train["sequence"].list.len().to_list() == [198]
+    assert split.test["history"].list.len().to_list() == [50]
+
+
+def test_baskets_need_times(walked: Ingested) -> None:
+    log, catalog = logged([[(0, 1), (1, 1), (2, 1)]], timed=False)
+    with pytest.raises(
+        DataError, match="last_basket needs times, 3 of 3 events have none; use leave_one_out"
+    ):
+        hold_out(log, catalog, SplitConfig(protocol="last_basket"))
+
+
+def test_nothing_to_hold_out() -> None:
+    log, catalog = logged([[(0, 0), (1, 0), (2, 0)], [(0, 1)]])
+    with pytest.raises(DataError, match="none of 2 users has 3 baskets"):
+        hold_out(log, catalog, SplitConfig(protocol="last_basket"))
+
+
+def test_foreign_catalogue_is_refused(walked: Ingested) -> None:
+    small = ItemCatalog(items=walked.catalog.items.head(4))
+    with pytest.raises(ValueError, match="the log has item 5, the catalogue 4 items"):
+        hold_out(walked.log, small, SplitConfig())
+
+
+def test_last_two_events_of_the_shop_share_a_basket_as_its_notice_says() -> None:
+    log, catalog = ingest(IngestConfig())
+    split = hold_out(log, catalog, SplitConfig())
+    assert split.num_training_targets == 138_070 - 3 * 4072
+    last = log.events.group_by("user_id").agg(same=pl.col("timestamp").get(-1) == pl.col("timestamp").get(-2))
+    assert round(last["same"].mean(), 2) == 0.93
+    baskets = hold_out(log, catalog, SplitConfig(protocol="last_basket"))
+    assert (len(baskets.valid), len(baskets.test)) == (1562, 2588)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SIDFLOW_DATA" not in os.environ, reason="SIDFLOW_DATA names no folder of data sets")
+def test_beauty_has_the_published_numbers_of_rows() -> None:
+    folder = Path(os.environ["SIDFLOW_DATA"]) / "amazon2014-beauty"
+    source = TabularSource(
+        interactions={"path": str(folder / "interactions.parquet")},
+        items={"path": str(folder / "items.parquet")},
+        item_columns={"title": "title", "brand": "brand", "categories": "categories"},
+    )
+    log, catalog = ingest(IngestConfig(source=source))
+    split = hold_out(log, catalog, SplitConfig())
+    assert (split.num_training_targets, len(split.valid), len(split.test)) == (131_413, 22_363, 22_363)
