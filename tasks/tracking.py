@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
+import mlflow
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from components.artifacts import Artifact
 from components.config import Config
+from components.metrics.figures import loss_curves
 from tasks.flyte_types import stored_at
 from tasks.home import home
 from tasks.origin import code_tags, execution_tags
@@ -47,6 +49,20 @@ def tracking_uri() -> str:
 def without_secrets(text: str) -> str:
     """Blank user names and passwords of every URL in a text."""
     return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", text)
+
+
+@contextmanager
+def fluent(run: "StageRun") -> Iterator[None]:
+    """Make a run the active one, for the parts of MLflow that know no other way, and undo it afterwards."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking_uri())
+    try:
+        with mlflow.start_run(run_id=run.run_id):
+            yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def open_store() -> MlflowClient:
@@ -139,7 +155,7 @@ class StageRun:
         # Figures of a level, a part or a slice carry a slash: they are for the plots, not for this line.
         plain = {name: value for name, value in values.items() if name != "epoch" and "/" not in name}
         figures = "  ".join(f"{name} {value:.4g}" for name, value in plain.items())
-        _console.print(f"{self.stage:<20} epoch {values['epoch']:>3.0f}  {figures}")
+        self.say(f"epoch {values['epoch']:>3.0f}  {figures}")
 
     def metrics(self, values: Mapping[str, float]) -> None:
         """Record final figures of the stage."""
@@ -147,8 +163,8 @@ class StageRun:
         self._pending += [Metric(_allowed(name), float(value), now, 0) for name, value in values.items()]
 
     def say(self, text: str) -> None:
-        """Show a line of progress."""
-        _console.print(f"{self.stage:<20} {text}")
+        """Show a line of progress below the name of the stage."""
+        _console.print(f"    {text}")
 
     def flush(self) -> None:
         """Send what is waiting."""
@@ -156,6 +172,12 @@ class StageRun:
             self.client.log_batch(self.run_id, metrics=self._pending[:1000])
             del self._pending[:1000]
         self._flushed = time.monotonic()
+
+    def finish_training(self, figures: Mapping[str, float]) -> None:
+        """Record the figures of the kept epoch as ``kept/<name>``, and draw the curves of all that was logged."""
+        self.metrics({f"kept/{name}": value for name, value in figures.items()})
+        if self.history:
+            self.figure("curves", loss_curves(self.history))
 
     def figure(self, name: str, figure: Figure) -> None:
         """Keep a figure as ``figures/<name>.png``."""
@@ -168,7 +190,8 @@ class StageRun:
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Record a data set that the stage read, by digest and source; credentials are blanked."""
         uri = json.dumps({"uri": without_secrets(source)})
-        kind = "local" if "://" not in source else source.partition("://")[0]
+        scheme = re.match(r"(\w+)://", source)
+        kind = scheme.group(1) if scheme else "local"
         dataset = Dataset(name=name, digest=digest[:16], source_type=kind, source=uri)
         self.client.log_inputs(
             self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
@@ -210,6 +233,7 @@ def tracked(
         experiment = _revive(client, run_id).info.experiment_id
         tags |= {"mlflow.parentRunId": run_id, "sidflow.pipeline": run_id}
     run = StageRun(client, client.create_run(experiment, tags=tags, run_name=stage).info.run_id, stage)
+    _console.print(stage)
     try:
         if config is not None:
             _log_config(client, run.run_id, config)

@@ -2,25 +2,10 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-
-from components.artifacts import (
-    ContentEmbeddings,
-    InteractionLog,
-    ItemCatalog,
-    SequenceSplit,
-    SidTable,
-    TokenizerCheckpoint,
-)
-from components.data.planted import plant
-from components.data.splits import SplitConfig, hold_out
-from components.embeddings import LsaConfig, encode_items
-from components.tokenizers.rkmeans import RkMeansConfig
-from components.tokenizers.sids import SidConfig, assign
-from components.training.tokenizer import TokenizerStage, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -33,50 +18,41 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def flyte_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Iterator[Path]:
-    """Give Flyte and MLflow a place of their own: cache, artefacts, raw files and runs under ``tmp_path``."""
+@contextmanager
+def private_flyte(folder: Path, empty_store: Path) -> Iterator[Path]:
+    """Give Flyte and MLflow a place of their own: cache, artefacts, raw files and runs under ``folder``."""
     from flytekit import FlyteContextManager
     from flytekit.core import local_cache
     from flytekit.core.data_persistence import FileAccessProvider
     from flytekit.core.type_engine import TypeEngine
 
-    home = tmp_path / ".sidflow"
+    home = folder / ".sidflow"
     home.mkdir()
     shutil.copy(empty_store, home / "mlflow.db")
-    monkeypatch.setenv("SIDFLOW_HOME", str(home))
-    monkeypatch.setenv("HOME", str(tmp_path / "user"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(local_cache, "CACHE_LOCATION", str(home / "flyte-cache"))
-    monkeypatch.setattr(local_cache.LocalTaskCache, "_initialized", False)
     TypeEngine._LITERAL_CACHE.clear()  # remembers the folders of equal artefacts in earlier tests
-    files = FileAccessProvider(str(tmp_path / "sandbox"), str(tmp_path / "raw"))
+    files = FileAccessProvider(str(folder / "sandbox"), str(folder / "raw"))
     context = FlyteContextManager.current_context()
-    with FlyteContextManager.with_context(context.with_file_access(files)):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        FlyteContextManager.with_context(context.with_file_access(files)),
+    ):
+        patch.setenv("SIDFLOW_HOME", str(home))
+        patch.setenv("HOME", str(folder / "user"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(local_cache, "CACHE_LOCATION", str(home / "flyte-cache"))
+        patch.setattr(local_cache.LocalTaskCache, "_initialized", False)
         yield home
 
 
-class Tiny(NamedTuple):
-    """The planted log taken through the stages before training, once for all tests."""
-
-    log: InteractionLog
-    catalog: ItemCatalog
-    split: SequenceSplit
-    embeddings: ContentEmbeddings
-    tokenizer: TokenizerCheckpoint
-    sids: SidTable
+@pytest.fixture
+def flyte_home(tmp_path: Path, empty_store: Path) -> Iterator[Path]:
+    """A private place for one test."""
+    with private_flyte(tmp_path, empty_store) as home:
+        yield home
 
 
-@pytest.fixture(scope="session")
-def tiny() -> Tiny:
-    """Planted log, split, LSA vectors, residual k-means with 3 levels of 8 codes, and their SIDs."""
-    ingested = plant()
-    embeddings = encode_items(ingested.catalog, LsaConfig(dim=16))
-    tokenizer = train_tokenizer(embeddings, TokenizerStage(model=RkMeansConfig(codebook_sizes=[8, 8, 8])))
-    return Tiny(
-        *ingested,
-        hold_out(*ingested, SplitConfig()),
-        embeddings,
-        tokenizer,
-        assign(tokenizer, embeddings, SidConfig(suffix_size=32)),
-    )
+@pytest.fixture(scope="module")
+def module_home(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
+    """A private place for all tests of a file, where one run serves many questions."""
+    with private_flyte(tmp_path_factory.mktemp("module"), empty_store) as home:
+        yield home

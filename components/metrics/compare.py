@@ -82,8 +82,7 @@ def compare(reports: Sequence[EvaluationReport], config: CompareConfig) -> Compa
 def verdicts(comparison: Comparison, metrics: Sequence[str] = ("R@10", "N@10")) -> list[str]:
     """Say each difference in one sentence; only an interval that leaves out 0 is called a difference."""
     return [
-        verdict(*row)
-        for row in comparison.differences.filter(pl.col("metric").is_in(metrics)).iter_rows()
+        verdict(*row) for row in comparison.differences.filter(pl.col("metric").is_in(metrics)).iter_rows()
     ]
 
 
@@ -186,7 +185,9 @@ def _merge(
                     f"two reports hold different results of {method!r}: name the methods apart, "
                     "and evaluate the baselines once for all"
                 )
-    return pl.concat([ranks, report.ranks.filter(~again)]), pl.concat([metrics, report.metrics.filter(~again)])
+    return pl.concat([ranks, report.ranks.filter(~again)]), pl.concat(
+        [metrics, report.metrics.filter(~again)]
+    )
 
 
 def _in_order(methods: list[str]) -> list[str]:
@@ -200,7 +201,9 @@ def _sides(ranks: pl.DataFrame, methods: list[str], metrics: Sequence[str]) -> I
         for method in methods:
             rows = ranks.filter(pl.col("method") == method, pl.col("seen") == seen).sort("user_id")
             if users is not None and not rows["user_id"].equals(users):
-                raise ArtifactError(f"{method!r} with seen items {seen} was ranked for other users than the rest")
+                raise ArtifactError(
+                    f"{method!r} with seen items {seen} was ranked for other users than the rest"
+                )
             users = rows["user_id"]
             yield _Side(method, seen, contributions(rows["rank"].fill_null(0).to_numpy(), metrics))
 
@@ -216,7 +219,9 @@ def _wide(comparison: Comparison, metrics: Sequence[str]) -> pl.DataFrame:
     rows = comparison.metrics.filter(pl.col("slice") == "all", pl.col("metric").is_in(list(metrics)))
     missing = sorted(set(metrics) - set(rows["metric"]))
     if missing:
-        raise ValueError(f"the reports hold no {missing}; they hold {sorted(set(comparison.metrics['metric']))}")
+        raise ValueError(
+            f"the reports hold no {missing}; they hold {sorted(set(comparison.metrics['metric']))}"
+        )
     best = (pl.col("value") == pl.col("value").max().over("seen", "metric")).alias("best")
     return rows.with_columns(cell=pl.struct("value", "low", "high", best)).pivot(
         on="metric", index=["method", "seen"], values="cell"

@@ -7,7 +7,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from components.artifacts import CollisionReport, Comparison
 from components.metrics.sids import group_sizes
@@ -24,13 +24,17 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, INK, FAINT = (
     "#D9D9D9",
 )
 LINES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+DASHES = ("-", "--", ":")
+SPREAD = 30.0
+"""Curves of one panel whose typical values differ by more than this factor get a logarithmic axis."""
 MARKS = {"kept": ("o", BLUE), "excluded": ("s", RED)}
 
 
 def loss_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> Figure:
     """Draw logged numbers over steps, one panel for each group of names.
 
-    A name's group is what stands before its last slash (``perplexity/level_1``); names without one share a panel.
+    A name's group is what stands before its last slash (``perplexity/level1``); names without one share a panel.
+    ``epoch`` is a second clock, not a curve, and is left out, as are values that are not finite.
 
     Parameters
     ----------
@@ -43,43 +47,67 @@ def loss_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> Figure:
         Nothing was logged.
     """
     rows = [(step, name, float(value)) for step, values in history for name, value in values.items()]
-    if not rows:
-        raise ValueError("no curves: nothing was logged")
-    points = pl.DataFrame(
-        rows, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row"
-    ).with_columns(group=pl.col("name").str.extract(r"^(.*)/[^/]*$").fill_null(""))
-    panels = points.partition_by("group", maintain_order=True, as_dict=True)
-    columns = min(len(panels), 3)
+    points = (
+        pl.DataFrame(rows, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row")
+        .filter(pl.col("name") != "epoch", pl.col("value").is_finite())
+        .sort("step", maintain_order=True)
+        .with_columns(
+            group=pl.col("name").str.extract(r"^(.*)/[^/]*$").fill_null("values"),
+            label=pl.col("name").str.extract(r"([^/]*)$").str.replace_all("_", " "),
+        )
+    )
+    panels = points.partition_by("group", maintain_order=True)
+    if not panels:
+        raise ValueError("no curves: nothing finite was logged")
+    columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
     height = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2 * height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.4 * columns, 3.1 * height), dpi=120, layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False).ravel()
-    for ax, ((group,), panel) in zip(axes, panels.items(), strict=False):
-        curves = panel.partition_by("name", maintain_order=True, as_dict=True)
-        for number, ((name,), curve) in enumerate(curves.items()):
-            curve = curve.sort("step", maintain_order=True)
-            ax.plot(
-                curve["step"],
-                curve["value"],
-                color=LINES[number % len(LINES)],
-                linestyle=("-", "--", ":")[number // len(LINES) % 3],
-                linewidth=1.6,
-                marker="o" if len(curve) <= 25 else None,
-                markersize=3.5,
-                label=str(name).rsplit("/", 1)[-1].replace("_", " "),
-            )
-        _clean(ax, grid="y")
-        ax.set_xlabel("step")
-        title = str(group).replace("_", " ") or ("values" if len(curves) > 1 else "")
-        if len(curves) == 1:
-            title = " ".join(filter(None, (title, str(curves.popitem()[0][0]).rsplit("/", 1)[-1].replace("_", " "))))
-        else:
-            ax.legend(frameon=False, fontsize=8, labelcolor=INK)
-        ax.set_title(title, loc="left", fontsize=10, color=INK)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    for ax, panel in zip(axes, panels, strict=False):
+        _draw_curves(ax, panel)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     return figure
+
+
+def _draw_curves(ax: Axes, panel: pl.DataFrame) -> None:
+    """Draw one group of curves: step, value, label."""
+    group = panel["group"][0].replace("_", " ").replace("/", ", ")
+    curves = panel.partition_by("label", maintain_order=True)
+    for number, curve in enumerate(curves):
+        ax.plot(
+            curve["step"],
+            curve["value"],
+            color=LINES[number % len(LINES)],
+            linestyle=DASHES[number // len(LINES) % len(DASHES)],
+            linewidth=1.6,
+            marker="o" if len(curve) <= 25 else None,
+            markersize=3.5,
+            label=curve["label"][0],
+        )
+    _clean(ax, grid="y")
+    typical = panel.group_by("label").agg(pl.col("value").median())["value"]
+    if len(curves) > 1 and panel["value"].min() > 0 and typical.max() > SPREAD * typical.min():  # type: ignore[operator]
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        group += " (log scale)"
+    if len(curves) == 1:
+        group = f"{group}, {curves[0]['label'][0]}".removeprefix("values, ")
+    else:
+        # Beside the curves, where it hides none of them.
+        ax.legend(
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            handlelength=1.4,
+        )
+    ax.set_title(group, loc="left", fontsize=10, color=INK)
+    ax.set_xlabel("step")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
 def code_usage(report: CollisionReport) -> Figure:
@@ -98,7 +126,7 @@ def code_usage(report: CollisionReport) -> Figure:
     figure = Figure(figsize=(9, 1.5 + 0.62 * len(levels)), dpi=120, layout="constrained")
     ax = figure.subplots()
     shown = np.ma.masked_where(unused | absent, np.log2(np.where(unused | absent, 1.0, load)))
-    image = ax.imshow(shown, aspect="auto", cmap="cividis", vmin=-3, vmax=3, interpolation="nearest")
+    image = ax.imshow(shown, aspect="auto", cmap="viridis", vmin=-3, vmax=3, interpolation="nearest")
     ax.imshow(
         np.ma.masked_where(~unused, np.ones_like(load)),
         aspect="auto",
@@ -142,7 +170,8 @@ def collision_histogram(report: CollisionReport) -> Figure:
     starts = [1, 2, 3, 4, *(2**k + 1 for k in range(2, 15))]
     starts = [start for start in starts if start <= max(last, 2)]
     ends = [following - 1 for following in starts[1:]] + [max(last, 2)]
-    items = [int(sizes.filter(pl.col("size").is_between(a, b))["items"].sum()) for a, b in zip(starts, ends, strict=True)]
+    spans = list(zip(starts, ends, strict=True))
+    items = [int(sizes.filter(pl.col("size").is_between(a, b))["items"].sum()) for a, b in spans]
     total = report.figures["items"]
 
     figure = Figure(figsize=(7.2, 3.6), dpi=120, layout="constrained")
@@ -150,7 +179,7 @@ def collision_histogram(report: CollisionReport) -> Figure:
     place = np.arange(len(starts))
     bars = ax.bar(place, items, width=0.72, color=[BLUE] + [ORANGE] * (len(starts) - 1))
     ax.bar_label(bars, [f"{count / total:.1%}" for count in items], padding=2, fontsize=8, color=INK)
-    labels = [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True)]
+    labels = [f"{a}" if a == b else f"{a}–{b}" for a, b in spans]
     ax.set_xticks(place, ["codes of\ntheir own", *labels[1:]])
     _clean(ax, grid="y")
     ax.margins(y=0.12)
@@ -177,7 +206,7 @@ def comparison_figure(comparison: Comparison, metrics: Sequence[str] = ("R@10", 
     """
     rows = comparison.metrics.filter(pl.col("slice") == "all")
     methods = rows["method"].unique(maintain_order=True).to_list()
-    figure = Figure(figsize=(4.4 * len(metrics) + 1, 1.5 + 0.5 * len(methods)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(metrics) + 1, 1.5 + 0.5 * len(methods)), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for ax, metric in zip(axes, metrics, strict=True):
         panel = rows.filter(pl.col("metric") == metric)
@@ -200,10 +229,21 @@ def comparison_figure(comparison: Comparison, metrics: Sequence[str] = ("R@10", 
         _clean(ax, grid="x")
         ax.set_xlim(left=0)
         ax.set_title(metric, loc="left", fontsize=11, color=INK)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        title="mean over test users and its 95 % interval",
+        title_fontsize=9,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     return figure
 
 

@@ -52,7 +52,9 @@ class EvaluateConfig(Config):
     def _fits(self) -> Self:
         deepest = max(*self.ks, self.coverage_k)
         if deepest > self.beams:
-            raise ValueError(f"ks and coverage_k must be <= beams: {deepest} places asked of {self.beams} beams")
+            raise ValueError(
+                f"ks and coverage_k must be <= beams: {deepest} places asked of {self.beams} beams"
+            )
         return self
 
 
@@ -76,7 +78,9 @@ def evaluate_baselines(split: SequenceSplit, config: EvaluateConfig) -> Evaluati
     """
     sequences = split.train["sequence"]
     knn = ItemKnn.fit(sequences, split.num_items, neighbours=config.itemknn.neighbours)
-    scores = {decay: _validation_score(knn.with_decay(decay), split, config) for decay in config.itemknn.decays}
+    scores = {
+        decay: _validation_score(knn.with_decay(decay), split, config) for decay in config.itemknn.decays
+    }
     decay = max(scores, key=lambda d: (scores[d], d))
     methods: dict[str, Scorer] = {
         "popularity": Popularity.fit(sequences, split.num_items),

@@ -93,11 +93,12 @@ def analyze(
     usage = count_usage(table)
     levels = describe_levels(table, usage)
     shared = groups.filter(pl.col("size") > 1)
+    colliding_items = int(shared["size"].sum())
     figures = {
         "items": float(table.num_items),
         "distinct_sids": float(len(groups)),
-        "colliding_items": float(shared["size"].sum()),
-        "collision_rate": shared["size"].sum() / table.num_items,
+        "colliding_items": float(colliding_items),
+        "collision_rate": colliding_items / table.num_items,
         "colliding_groups": float(len(shared)),
         "largest_group": float(groups["size"][0]),
     }
@@ -234,7 +235,13 @@ def describe(levels: pl.DataFrame, usage: pl.DataFrame, figures: dict[str, float
         words[f"level_{row['level']}"] = f"{use}: {meaning}"
     if "collision_share_of_events" in figures:
         share = figures["collision_share_of_events"]
-        than = "more often than" if share > 1.1 * rate else "less often than" if share < 0.9 * rate else "as often as"
+        than = (
+            "more often than"
+            if share > 1.1 * rate
+            else "less often than"
+            if share < 0.9 * rate
+            else "as often as"
+        )
         words["collision_share_of_events"] = (
             f"{share:.1%} of interactions go to items that share their codes: "
             f"popular items collide {than} others"

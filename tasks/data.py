@@ -1,0 +1,154 @@
+"""Raw files to sequences and content vectors: ingest, split, and embedding in shards."""
+
+from typing import Annotated, NamedTuple
+
+from flytekit import task
+from pydantic import Field
+
+from components import embeddings
+from components.artifacts import (
+    ContentEmbeddings,
+    ContentEncoder,
+    EmbeddingShard,
+    InteractionLog,
+    ItemCatalog,
+    SequenceSplit,
+)
+from components.config import Config
+from components.data import ingest as reading
+from components.data import splits
+from components.data.ingest import IngestConfig
+from components.data.splits import SplitConfig
+from components.embeddings import EncoderConfig, LsaConfig
+from tasks import runtime
+from tasks.flyte_types import by_content
+from tasks.tracking import tracked
+
+
+class EmbeddingStage(Config):
+    """How items become vectors, and over how many nodes that is spread."""
+
+    encoder: EncoderConfig = LsaConfig()
+    """The encoder, by kind: lsa, sentence_transformer or precomputed."""
+    shards: int = Field(1, ge=1)
+    """Parts that are encoded independently; not more than there are items."""
+
+
+class Ingested(NamedTuple):
+    """A log and the catalogue that its item ids point into."""
+
+    log: Annotated[InteractionLog, by_content]
+    catalog: Annotated[ItemCatalog, by_content]
+
+
+@task(**runtime.CPU)
+def ingest(config: IngestConfig, run_id: str = "") -> Ingested:
+    """Read raw files: dense ids, k-core, time order. Not cached: files may change under the same name.
+
+    Args:
+        config: Source and rules, a YAML file or JSON. Keys: section ingest of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("ingest", config, run_id) as run:
+        log, catalog = reading.ingest(config)
+        for source in log.sources:
+            run.dataset(source["name"], source["sha256"], config.source.model_dump_json(), "raw")
+        run.metrics({k: v for k, v in log.statistics.items() if isinstance(v, int | float)})
+        run.say(f"{len(log.events):,} events, {log.num_users:,} users, {catalog.num_items:,} items")
+        run.output(log, catalog)
+        return Ingested(log, catalog)
+
+
+@task(**runtime.CPU, cache=runtime.cached("1"))
+def split(
+    log: Annotated[InteractionLog, by_content],
+    catalog: Annotated[ItemCatalog, by_content],
+    config: SplitConfig,
+    run_id: str = "",
+) -> Annotated[SequenceSplit, by_content]:
+    """Hold out the last item or basket of each user for test, the one before for validation.
+
+    Args:
+        log: Folder of an InteractionLog.
+        catalog: Folder of the ItemCatalog that was made with it.
+        config: Protocol, a YAML file or JSON. Keys: section split of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("split", config, run_id, [log, catalog]) as run:
+        held = splits.hold_out(log, catalog, config)
+        run.metrics({"training_targets": held.num_training_targets, "test_users": len(held.test)})
+        run.say(f"{held.num_training_targets:,} training targets, {len(held.test):,} test users")
+        run.output(held)
+        return held
+
+
+@task(**runtime.CPU, cache=runtime.cached("1"))
+def fit_encoder(
+    catalog: Annotated[ItemCatalog, by_content], config: EmbeddingStage, run_id: str = ""
+) -> Annotated[ContentEncoder, by_content]:
+    """Fit the text encoder to the catalogue, or pin the pretrained weights that will be used.
+
+    Args:
+        catalog: Folder of an ItemCatalog.
+        config: Encoder, a YAML file or JSON. Keys: section embedding of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("fit_encoder", config, run_id, [catalog]) as run:
+        encoder = embeddings.fit_encoder(catalog, config.encoder)
+        run.output(encoder)
+        return encoder
+
+
+@task(**runtime.CPU)
+def plan_shards(config: EmbeddingStage) -> list[int]:
+    """List the shards that the catalogue is embedded in.
+
+    Args:
+        config: Settings of the embedding, a YAML file or JSON.
+    """
+    return list(range(config.shards))
+
+
+@task(**runtime.GPU, cache=runtime.cached("1"))
+def embed_shard(
+    shard: int,
+    encoder: Annotated[ContentEncoder, by_content],
+    catalog: Annotated[ItemCatalog, by_content],
+    config: EmbeddingStage,
+    run_id: str = "",
+) -> Annotated[EmbeddingShard, by_content]:
+    """Encode one part of the catalogue.
+
+    Args:
+        shard: Number of the part, from 0.
+        encoder: Folder of a ContentEncoder.
+        catalog: Folder of an ItemCatalog.
+        config: Settings of the embedding, a YAML file or JSON.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked(f"embed_shard {shard}", None, run_id, [encoder, catalog]) as run:
+        part = embeddings.encode_shard(encoder, catalog, shard, config.shards)
+        run.output(part)
+        return part
+
+
+@task(**runtime.CPU, cache=runtime.cached("1"))
+def assemble_embeddings(
+    shards: list[Annotated[EmbeddingShard, by_content]],
+    catalog: Annotated[ItemCatalog, by_content],
+    encoder: Annotated[ContentEncoder, by_content],
+    run_id: str = "",
+) -> Annotated[ContentEmbeddings, by_content]:
+    """Put the parts together in the order of the items.
+
+    Args:
+        shards: Folders of all EmbeddingShards.
+        catalog: Folder of an ItemCatalog.
+        encoder: Folder of the ContentEncoder that made the parts.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("assemble_embeddings", None, run_id, [*shards, catalog, encoder]) as run:
+        whole = embeddings.assemble(shards, catalog, encoder)
+        run.say(f"{whole.matrix.shape[0]:,} vectors of width {whole.matrix.shape[1]}")
+        run.output(whole)
+        return whole

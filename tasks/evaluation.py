@@ -1,0 +1,118 @@
+"""Rank the whole catalogue for every test user, and set methods side by side."""
+
+from typing import Annotated
+
+import polars as pl
+from flytekit import Deck, task
+
+from components.artifacts import (
+    Comparison,
+    EvaluationReport,
+    RecommenderCheckpoint,
+    SequenceSplit,
+    SidTable,
+)
+from components.data.batches import held_out_rows
+from components.metrics import compare as comparing
+from components.metrics import report as reporting
+from components.metrics.compare import CompareConfig, html_table
+from components.metrics.figures import comparison_figure
+from components.metrics.report import EvaluateConfig, RankFn
+from components.recommenders.build import load_recommender
+from components.recommenders.decoding import rank_rows
+from components.seams import Ranking
+from components.tokenizers.sids import table_symbols
+from components.training.recommender import device_of
+from tasks import runtime
+from tasks.flyte_types import by_content
+from tasks.tracking import StageRun, tracked
+
+
+def ranker(recommender: RecommenderCheckpoint, sids: SidTable, config: EvaluateConfig) -> RankFn:
+    """Return the function that ranks held-out rows with a trained recommender."""
+    device = device_of("auto")
+    module = load_recommender(recommender, sids).to(device)
+    symbols = table_symbols(sids).to(device)
+
+    def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
+        rows = held_out_rows(frame)
+        return rank_rows(module, rows, symbols, config.batch_size, config.beams, exclude_seen=exclude_seen)
+
+    return rank
+
+
+def _log_metrics(run: StageRun, metrics: pl.DataFrame) -> None:
+    name = pl.concat_str("method", "seen", "slice", "metric", separator="/")
+    rows = metrics.drop_nulls("value").select(name, "value").iter_rows()
+    run.metrics(dict(rows))
+
+
+@task(**runtime.CPU, cache=runtime.cached("1"))
+def evaluate_baselines(
+    split: Annotated[SequenceSplit, by_content], config: EvaluateConfig, run_id: str = ""
+) -> Annotated[EvaluationReport, by_content]:
+    """Evaluate popularity and item-kNN, which every result is read beside.
+
+    Args:
+        split: Folder of a SequenceSplit.
+        config: Settings, a YAML file or JSON. Keys: section evaluate of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("evaluate_baselines", config, run_id, [split]) as run:
+        report = reporting.evaluate_baselines(split, config)
+        _log_metrics(run, report.metrics)
+        run.output(report)
+        return report
+
+
+@task(**runtime.GPU, cache=runtime.cached("1"))
+def evaluate_recommender(
+    name: str,
+    recommender: Annotated[RecommenderCheckpoint, by_content],
+    sids: Annotated[SidTable, by_content],
+    split: Annotated[SequenceSplit, by_content],
+    baselines: Annotated[EvaluationReport, by_content],
+    config: EvaluateConfig,
+    run_id: str = "",
+) -> Annotated[EvaluationReport, by_content]:
+    """Evaluate a recommender on the test targets, seen items kept and excluded.
+
+    Args:
+        name: What to call the method in tables.
+        recommender: Folder of a RecommenderCheckpoint.
+        sids: Folder of the SidTable that it was trained with.
+        split: Folder of the SequenceSplit.
+        baselines: Folder of the EvaluationReport of the baselines, made with the same settings.
+        config: Settings, a YAML file or JSON. Keys: section evaluate of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked(
+        f"evaluate_recommender {name}", config, run_id, [recommender, sids, split, baselines]
+    ) as run:
+        rank = ranker(recommender, sids, config)
+        report = reporting.evaluate_recommender(name, rank, split, config, baselines)
+        _log_metrics(run, report.metrics.filter(pl.col("method") == name))
+        run.output(report)
+        return report
+
+
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("1"))
+def compare_reports(
+    reports: list[Annotated[EvaluationReport, by_content]], config: CompareConfig, run_id: str = ""
+) -> Annotated[Comparison, by_content]:
+    """Set methods side by side on the same users, with paired differences.
+
+    Args:
+        reports: Folders of EvaluationReports of one split, the plainer method first.
+        config: Settings, a YAML file or JSON. Keys: section compare of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("compare_reports", config, run_id, reports) as run:
+        comparison = comparing.compare(reports, config)
+        figure = comparison_figure(comparison)
+        page = html_table(comparison) + "".join(f"<p>{line}</p>" for line in comparing.verdicts(comparison))
+        Deck("Comparison", page)
+        run.figure("comparison", figure)
+        run.text("comparison.html", page)
+        run.output(comparison)
+        return comparison

@@ -1,0 +1,51 @@
+"""Train tokenizer and recommender on one loss."""
+
+from typing import Annotated, NamedTuple
+
+from flytekit import task
+
+from components.artifacts import (
+    ContentEmbeddings,
+    RecommenderCheckpoint,
+    SequenceSplit,
+    SidTable,
+    TokenizerCheckpoint,
+)
+from components.training.joint import JointConfig, train_jointly
+from tasks import runtime
+from tasks.flyte_types import by_content
+from tasks.tracking import tracked
+
+
+class Joint(NamedTuple):
+    """Tokenizer, table and recommender of one epoch; they only work together."""
+
+    tokenizer: Annotated[TokenizerCheckpoint, by_content]
+    sids: Annotated[SidTable, by_content]
+    recommender: Annotated[RecommenderCheckpoint, by_content]
+
+
+@task(**runtime.GPU, cache=runtime.cached("1"))
+def fit_jointly(
+    split: Annotated[SequenceSplit, by_content],
+    embeddings: Annotated[ContentEmbeddings, by_content],
+    tokenizer: Annotated[TokenizerCheckpoint, by_content],
+    sids: Annotated[SidTable, by_content],
+    config: JointConfig,
+    run_id: str = "",
+) -> Joint:
+    """Train a pretrained tokenizer and a fresh recommender together; the three results are of one epoch.
+
+    Args:
+        split: Folder of a SequenceSplit.
+        embeddings: Folder of the ContentEmbeddings.
+        tokenizer: Folder of the TokenizerCheckpoint to start from.
+        sids: Folder of the SidTable of that tokenizer.
+        config: Recipe, a YAML file or JSON. Keys: section joint of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("fit_jointly", config, run_id, [split, embeddings, tokenizer, sids]) as run:
+        result = train_jointly(split, embeddings, tokenizer, sids, config, run.log)
+        run.finish_training(result.recommender.metrics)
+        run.output(*result)
+        return Joint(*result)

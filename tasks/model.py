@@ -1,0 +1,107 @@
+"""Bundle what serving needs and log it as an MLflow model."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import mlflow
+import pandas as pd
+from flytekit import task
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
+
+import components
+from components.artifacts import (
+    Bundle,
+    ContentEncoder,
+    ItemCatalog,
+    Provenance,
+    RecommenderCheckpoint,
+    SidTable,
+    TokenizerCheckpoint,
+)
+from tasks import runtime
+from tasks.flyte_types import by_content, keep
+from tasks.tracking import StageRun, fluent, tracked
+
+REQUIREMENTS = (
+    "torch",
+    "polars",
+    "numpy",
+    "pandas",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+)
+"""What the model imports when it serves; pinned to the versions that trained it."""
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(Array(DataType.string), "history")]),
+    outputs=Schema(
+        [
+            ColSpec(Array(DataType.string), "items"),
+            ColSpec(Array(DataType.string), "titles"),
+            ColSpec(Array(DataType.double), "scores"),
+        ]
+    ),
+    params=ParamSchema(
+        [ParamSpec("k", DataType.long, 10), ParamSpec("exclude_seen", DataType.boolean, True)]
+    ),
+)
+
+
+def log_bundle(run: StageRun, bundle: Bundle) -> str:
+    """Log a bundle as a pyfunc model of a run, without pickling anything, and return its ``models:/`` URI."""
+    with fluent(run):
+        model = mlflow.pyfunc.log_model(
+            name="recommender",
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"bundle": str(keep(bundle))},
+            code_paths=[str(Path(components.__file__).parent)],
+            signature=SIGNATURE,
+            input_example=pd.DataFrame({"history": [bundle.catalog.items["raw_id"].head(2).to_list()]}),
+            pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+            metadata={"sidflow.bundle": bundle.fingerprint},
+        )
+    return str(model.model_uri)
+
+
+@task(**runtime.CPU, cache=runtime.cached("1"))
+def log_model(
+    name: str,
+    catalog: Annotated[ItemCatalog, by_content],
+    encoder: Annotated[ContentEncoder, by_content],
+    tokenizer: Annotated[TokenizerCheckpoint, by_content],
+    sids: Annotated[SidTable, by_content],
+    recommender: Annotated[RecommenderCheckpoint, by_content],
+    run_id: str = "",
+) -> Annotated[Bundle, by_content]:
+    """Bundle encoder, tokenizer, table and recommender, and log them as a model that MLflow can serve.
+
+    Args:
+        name: What to call the method.
+        catalog: Folder of the ItemCatalog.
+        encoder: Folder of the ContentEncoder.
+        tokenizer: Folder of the TokenizerCheckpoint.
+        sids: Folder of the SidTable of that tokenizer.
+        recommender: Folder of the RecommenderCheckpoint of that table.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    parts = [catalog, encoder, tokenizer, sids, recommender]
+    with tracked(f"log_model {name}", None, run_id, parts) as run:
+        provenance = Provenance(parents={part.kind(): part.fingerprint for part in parts})
+        bundle = Bundle(
+            catalog=catalog,
+            encoder=encoder,
+            tokenizer=tokenizer,
+            sids=sids,
+            recommender=recommender,
+            provenance=provenance,
+        )
+        uri = log_bundle(run, bundle)
+        run.output(bundle)
+        run.say(f"mlflow.pyfunc.load_model({uri!r})")
+        return bundle

@@ -1,0 +1,33 @@
+"""Train a recommender on frozen semantic IDs."""
+
+from typing import Annotated
+
+from flytekit import task
+
+from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable
+from components.training.recommender import RecommenderStage, train_recommender
+from tasks import runtime
+from tasks.flyte_types import by_content
+from tasks.tracking import tracked
+
+
+@task(**runtime.GPU, cache=runtime.cached("1"))
+def fit_recommender(
+    split: Annotated[SequenceSplit, by_content],
+    sids: Annotated[SidTable, by_content],
+    config: RecommenderStage,
+    run_id: str = "",
+) -> Annotated[RecommenderCheckpoint, by_content]:
+    """Train a recommender on frozen semantic IDs and keep its best validated epoch.
+
+    Args:
+        split: Folder of a SequenceSplit.
+        sids: Folder of the SidTable that names its items.
+        config: Recipe, a YAML file or JSON. Keys: section recommender of workflows/presets/quickstart.yaml.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("fit_recommender", config, run_id, [split, sids]) as run:
+        checkpoint = train_recommender(split, sids, config, run.log)
+        run.finish_training(checkpoint.metrics)
+        run.output(checkpoint)
+        return checkpoint

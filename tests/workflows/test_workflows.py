@@ -1,0 +1,317 @@
+"""Both workflows on planted data; one run of the joint workflow answers most questions."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+from mlflow import MlflowClient
+
+from components.artifacts import (
+    CollisionReport,
+    Comparison,
+    EvaluationReport,
+    RecommenderCheckpoint,
+    SidTable,
+)
+from components.config import PRESETS, load_preset
+from components.data.planted import plant
+from components.metrics.sids import CollapseError
+from tasks.tracking import open_store
+from workflows.config import PipelineConfig
+from workflows.joint import joint
+from workflows.two_stage import two_stage
+
+MODEL = {"kind": "causal", "dim": 32, "layers": 1, "heads": 2, "hidden": 64}
+RECIPE = {
+    "model": MODEL,
+    "loop": {"epochs": 2},
+    "validation": {"users": 50},
+    "optim": {"warmup_steps": 5},
+}
+
+
+def settings(folder: Path, **changes) -> PipelineConfig:
+    source = {
+        "kind": "tabular",
+        "interactions": {"path": str(folder / "events.csv")},
+        "items": {"path": str(folder / "items.csv")},
+    }
+    values = {
+        "name": "planted",
+        "ingest": {"source": source, "k_core": 0},
+        "embedding": {"encoder": {"kind": "lsa", "dim": 16}, "shards": 2},
+        "tokenizer": {
+            "model": {"kind": "rqvae", "codebook_sizes": [8, 8], "hidden": [32], "latent_dim": 8},
+            "loop": {"epochs": 2, "validate_every": 1},
+        },
+        "sids": {"suffix_size": 120},
+        "recommender": RECIPE,
+        "joint": {"recommender": RECIPE},
+        "evaluate": {"resamples": 100},
+        "compare": {"resamples": 100},
+    }
+    return PipelineConfig.model_validate(values | changes)
+
+
+def children(client: MlflowClient, run_id: str):
+    run = client.get_run(run_id)
+    return client.search_runs(
+        [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=100
+    )
+
+
+def pipelines(client: MlflowClient):
+    experiment = client.get_experiment_by_name("planted").experiment_id
+    runs = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
+    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+def stages(client: MlflowClient, run_id: str) -> Counter[str]:
+    return Counter(run.info.run_name for run in children(client, run_id))
+
+
+@pytest.fixture(scope="module")
+def data(module_home):
+    """A planted log as a user would bring it: two csv files."""
+    log, catalog = plant(num_users=120, num_items=60)
+    names = log.events.join(log.users, on="user_id").join(
+        catalog.items.select("item_id", item="raw_id"), on="item_id"
+    )
+    names.select(user_id="raw_id", item_id="item", timestamp="timestamp").write_csv(
+        module_home / "events.csv"
+    )
+    catalog.items.select(item_id="raw_id", title="title").write_csv(module_home / "items.csv")
+    return module_home
+
+
+@pytest.fixture(scope="module")
+def first(data):
+    """The joint workflow, run once: its comparison and its MLflow run."""
+    comparison = joint(config=settings(data))
+    return comparison, pipelines(open_store())[0]
+
+
+def test_the_joint_workflow_compares_four_methods(first):
+    comparison, _ = first
+    assert isinstance(comparison, Comparison)
+    assert set(comparison.metrics["method"]) == {"popularity", "itemknn", "two-stage", "joint"}
+
+
+def test_every_stage_is_a_finished_child_of_one_run(first):
+    client = open_store()
+    _, parent = first
+    assert parent.info.status == "FINISHED"
+    assert all(run.info.status == "FINISHED" for run in children(client, parent.info.run_id))
+    assert stages(client, parent.info.run_id) == Counter(
+        [
+            "ingest",
+            "split",
+            "fit_encoder",
+            "embed_shard 0",
+            "embed_shard 1",
+            "assemble_embeddings",
+            "fit_tokenizer",
+            "assign_sids",
+            "analyze_collisions two-stage",
+            "fit_recommender",
+            "evaluate_baselines",
+            "evaluate_recommender two-stage",
+            "fit_jointly",
+            "analyze_collisions joint",
+            "evaluate_recommender joint",
+            "compare_reports",
+            "log_model joint",
+        ]
+    )
+
+
+def test_the_run_holds_losses_curves_figures_and_settings(first):
+    client = open_store()
+    _, parent = first
+    assert parent.data.params["tokenizer.model.codebook_sizes"] == "[8, 8]"
+    runs = {run.info.run_name: run for run in children(client, parent.info.run_id)}
+    for name in ("fit_tokenizer", "fit_recommender", "fit_jointly"):
+        run = runs[name]
+        assert len(client.get_metric_history(run.info.run_id, "epoch")) >= 2
+        assert "figures/curves.png" in [f.path for f in client.list_artifacts(run.info.run_id, "figures")]
+    assert "joint/kept/all/R_at_10" in runs["evaluate_recommender joint"].data.metrics
+    assert "popularity/kept/all/R_at_10" not in runs["evaluate_recommender joint"].data.metrics
+    analysis = runs["analyze_collisions joint"]
+    figures = [f.path for f in client.list_artifacts(analysis.info.run_id, "figures")]
+    assert figures == ["figures/code_usage.png", "figures/collisions.png"]
+    raw = {d.dataset.name: d.dataset for d in runs["ingest"].inputs.dataset_inputs}
+    assert set(raw) == {"events.csv", "items.csv"}
+    assert str(raw["events.csv"].source).count("events.csv")
+
+
+def test_what_a_stage_read_is_what_another_made(first):
+    client = open_store()
+    _, parent = first
+    runs = children(client, parent.info.run_id)
+    made = {v for run in runs for k, v in run.data.tags.items() if k.startswith("output.")}
+    read = {v for run in runs for k, v in run.data.tags.items() if k.startswith("parent.")}
+    assert read and read <= made
+    named = {v for k, v in parent.data.tags.items() if k.startswith("artifact.")}
+    assert named == made
+
+
+def test_the_joint_results_are_of_one_epoch(first, data):
+    store = data / "artifacts"
+    recommenders = [RecommenderCheckpoint.load(p) for p in (store / "RecommenderCheckpoint").iterdir()]
+    tables = {t.fingerprint: t for t in map(SidTable.load, (store / "SidTable").iterdir())}
+    assert len(recommenders) == len(tables) == 2
+    assert {r.sids for r in recommenders} == set(tables)
+
+
+def test_a_rerun_trains_nothing_and_still_knows_who_made_what(first, data):
+    client = open_store()
+    before, parent = first
+    assert joint(config=settings(data)).fingerprint == before.fingerprint
+    again = pipelines(client)[-1]
+    assert stages(client, again.info.run_id) == Counter(["ingest"])
+    makers = {k: v for k, v in parent.data.tags.items() if k.startswith("produced_by.fit_")}
+    assert makers and makers.items() <= again.data.tags.items()
+
+
+def test_a_changed_recommender_setting_retrains_the_recommender_alone(first, data):
+    client = open_store()
+    changed = settings(data, recommender=RECIPE | {"seed": 1})
+    two_stage(config=changed)
+    assert stages(client, pipelines(client)[-1].info.run_id) == Counter(
+        [
+            "ingest",
+            "fit_recommender",
+            "evaluate_recommender two-stage",
+            "compare_reports",
+            "log_model two-stage",
+        ]
+    )
+
+
+def test_a_collapsed_table_fails_the_run_and_says_so(first, data):
+    client = open_store()
+    strict = settings(data, collisions={"max_collision_rate": 0.01, "watch_collision_rate": 0.01})
+    with pytest.raises(CollapseError, match="collapsed"):
+        two_stage(config=strict)
+    parent = pipelines(client)[-1]
+    assert parent.info.status == "FAILED" and "collapsed" in parent.data.tags["error.message"]
+    broken = [run for run in children(client, parent.info.run_id) if run.info.status != "FINISHED"]
+    assert [(run.info.run_name, run.info.status) for run in broken] == [
+        ("analyze_collisions two-stage", "FAILED")
+    ]
+    assert "fit_recommender" not in stages(client, parent.info.run_id)
+
+
+def test_a_failure_between_stages_closes_the_run_too(data):
+    client = open_store()
+    missing = settings(data, ingest={"source": {"kind": "tabular", "interactions": {"path": "/none.csv"}}})
+    with pytest.raises(FileNotFoundError, match="none.csv"):
+        two_stage(config=missing)
+    assert pipelines(client)[-1].info.status == "FAILED"
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    assert not client.search_runs(experiments, "attributes.status = 'RUNNING'")
+
+
+def test_the_page_at_the_end_shows_methods_levels_and_runs(first, data, capsys):
+    joint(config=settings(data))
+    page = capsys.readouterr().out
+    for word in ("popularity", "itemknn", "two-stage", "joint", "perplexity", "fit_jointly", "make ui"):
+        assert word in page
+    assert pipelines(open_store())[-1].info.run_id in page
+
+
+def test_the_model_answers_in_a_fresh_process_far_from_the_checkout(first, data, tmp_path):
+    client = open_store()
+    _, parent = first
+    run = next(r for r in children(client, parent.info.run_id) if r.info.run_name == "log_model joint")
+    model = f"models:/{run.outputs.model_outputs[0].model_id}"
+    items = pl.read_csv(data / "items.csv")["item_id"].head(3).to_list()
+    script = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+sys.path = [p for p in sys.path if p]
+import mlflow, pandas as pd
+model = mlflow.pyfunc.load_model(sys.argv[1])
+items = json.loads(sys.argv[2])
+histories = pd.DataFrame({"history": [items, ["unknown", items[0]]]})
+out = model.predict(histories, params={"k": 4})
+import components
+try:
+    model.predict(pd.DataFrame({"history": [items, ["unknown"]]}))
+    refusal = ""
+except Exception as error:
+    refusal = str(error)
+print(json.dumps([out.to_dict("list"), components.__file__, "tasks" in sys.modules, refusal]))
+"""
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{data / 'mlflow.db'}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, model, json.dumps(items)],
+        cwd=tmp_path,
+        env=environment | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out, code, with_tasks, refusal = json.loads(done.stdout.splitlines()[-1])
+    assert str(data) in code and not with_tasks
+    assert [len(row) for row in out["items"]] == [4, 4]
+    assert not set(items) & set(out["items"][0])
+    assert all(row == sorted(row, reverse=True) for row in out["scores"])
+    assert out["titles"][0][0]
+    assert "row 1" in refusal
+
+    from mlflow.pyfunc import load_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", environment["MLFLOW_TRACKING_URI"])
+        here = load_model(model).unwrap_python_model()
+        import pandas as pd
+
+        answer = here.predict(None, pd.DataFrame({"history": [items, ["unknown", items[0]]]}), {"k": 4})
+    assert answer["items"].to_list() == out["items"]
+    assert answer["scores"].to_list() == pytest.approx(out["scores"])
+
+
+def test_a_stage_runs_alone_in_its_own_process_and_refuses_another_kind(first, data, tmp_path):
+    store = data / "artifacts"
+    sids = next((store / "SidTable").iterdir())
+    split = next((store / "SequenceSplit").iterdir())
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE | {"seed": 5}))
+    script = str(Path(sys.executable).with_name("pyflyte"))
+    root = Path(__file__).parents[2]
+    command = [
+        script,
+        "run",
+        "tasks/recommender.py",
+        "fit_recommender",
+        "--config",
+        str(tmp_path / "recipe.yaml"),
+    ]
+
+    def alone(**folders: Path) -> subprocess.CompletedProcess[str]:
+        arguments = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
+        return subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, check=False)
+
+    done = alone(split=split, sids=sids)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "RecommenderCheckpoint(fingerprint=" in done.stdout
+    refused = alone(split=sids, sids=sids)
+    assert refused.returncode != 0
+    shown = " ".join((refused.stdout + refused.stderr).replace("│", " ").split())
+    assert "holds a SidTable, a SequenceSplit is wanted here" in shown
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads(preset):
+    assert load_preset(PipelineConfig, preset).name
+
+
+def test_reports_on_disk_load_back(first, data):
+    store = data / "artifacts"
+    assert [CollisionReport.load(p) for p in (store / "CollisionReport").iterdir()]
+    assert [EvaluationReport.load(p) for p in (store / "EvaluationReport").iterdir()]

@@ -1,0 +1,42 @@
+"""The settings of a whole pipeline: a section for each stage."""
+
+from pydantic import Field
+
+from components.config import Config
+from components.data.ingest import IngestConfig
+from components.data.splits import SplitConfig
+from components.metrics.compare import CompareConfig
+from components.metrics.report import EvaluateConfig
+from components.metrics.sids import CollisionConfig
+from components.tokenizers.sids import SidConfig
+from components.training.joint import JointConfig
+from components.training.recommender import RecommenderStage
+from components.training.tokenizer import TokenizerStage
+from tasks.data import EmbeddingStage
+
+
+class PipelineConfig(Config):
+    """A section for each stage; a stage runs again only if its own section, or what it reads, changed."""
+
+    name: str = Field("sidflow", min_length=1)
+    """MLflow experiment that the runs appear in."""
+    ingest: IngestConfig = IngestConfig()
+    """Source of the data and what is kept of it."""
+    split: SplitConfig = SplitConfig()
+    """What is held out for validation and test."""
+    embedding: EmbeddingStage = EmbeddingStage()
+    """Item text to content vectors."""
+    tokenizer: TokenizerStage = TokenizerStage()
+    """Content vectors to codebooks."""
+    sids: SidConfig = SidConfig()
+    """Codes to semantic IDs."""
+    collisions: CollisionConfig = CollisionConfig()
+    """Thresholds at which a run with collapsed SIDs fails."""
+    recommender: RecommenderStage = RecommenderStage()
+    """The recommender on frozen SIDs."""
+    joint: JointConfig = JointConfig()
+    """Tokenizer and recommender together, with the recipe of that recommender; read by the joint workflow."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How methods are ranked and measured."""
+    compare: CompareConfig = CompareConfig()
+    """How methods are set side by side."""

@@ -1,0 +1,69 @@
+"""Raw interactions to semantic IDs that are learned together with the recommender that uses them."""
+
+from flytekit import workflow
+
+from components.artifacts import Comparison
+from tasks.evaluation import compare_reports, evaluate_recommender
+from tasks.joint import fit_jointly
+from tasks.model import log_model
+from tasks.tokenizer import analyze_collisions
+from workflows.config import PipelineConfig
+from workflows.lifecycle import finish_run, record_failure, start_run
+from workflows.steps import name_items, train_and_evaluate
+
+
+@workflow(on_failure=record_failure)
+def joint(config: PipelineConfig) -> Comparison:
+    """Train in two stages and jointly from the same start, and compare both with the baselines.
+
+    Args:
+        config: Settings of all stages: a YAML file such as workflows/presets/quickstart.yaml, or JSON.
+    """
+    run_id = start_run(workflow="joint", config=config)
+    named = name_items(config, run_id)
+    trained = train_and_evaluate(config, run_id, named)
+    tokenizer, sids, recommender = fit_jointly(
+        split=named.split,
+        embeddings=named.embeddings,
+        tokenizer=named.tokenizer,
+        sids=named.sids,
+        config=config.joint,
+        run_id=run_id,
+    )
+    named.collisions >> recommender
+    collisions = analyze_collisions(
+        name="joint",
+        sids=sids,
+        catalog=named.catalog,
+        embeddings=named.embeddings,
+        log=named.log,
+        config=config.collisions,
+        run_id=run_id,
+    )
+    report = evaluate_recommender(
+        name="joint",
+        recommender=recommender,
+        sids=sids,
+        split=named.split,
+        baselines=trained.baselines,
+        config=config.evaluate,
+        run_id=run_id,
+    )
+    comparison = compare_reports(reports=[trained.report, report], config=config.compare, run_id=run_id)
+    model = log_model(
+        name="joint",
+        catalog=named.catalog,
+        encoder=named.encoder,
+        tokenizer=tokenizer,
+        sids=sids,
+        recommender=recommender,
+        run_id=run_id,
+    )
+    finish_run(
+        run_id=run_id,
+        comparison=comparison,
+        names=["two-stage", "joint"],
+        collisions=[named.collisions, collisions],
+        model=model,
+    )
+    return comparison

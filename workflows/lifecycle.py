@@ -1,0 +1,56 @@
+"""Begin and end of an execution: its MLflow run, its last page, and what happens when it fails."""
+
+from typing import Annotated
+
+from flytekit import task
+from flytekit.types.error import FlyteError
+
+from components.artifacts import Bundle, CollisionReport, Comparison
+from tasks import runtime
+from tasks.flyte_types import by_content
+from tasks.summary import show_summary
+from tasks.tracking import fail_execution, finish_pipeline, start_pipeline
+from workflows.config import PipelineConfig
+
+
+@task(**runtime.CPU)
+def start_run(workflow: str, config: PipelineConfig) -> str:
+    """Open the MLflow run that all stages of this execution become children of.
+
+    Args:
+        workflow: Name of the workflow.
+        config: Settings of the pipeline, a YAML file or JSON.
+    """
+    return start_pipeline(workflow, config.name, config)
+
+
+@task(**runtime.CPU)
+def finish_run(
+    run_id: str,
+    comparison: Annotated[Comparison, by_content],
+    names: list[str],
+    collisions: list[Annotated[CollisionReport, by_content]],
+    model: Annotated[Bundle, by_content],
+) -> None:
+    """Close the MLflow run of this execution, name who made what, and show the result.
+
+    Args:
+        run_id: MLflow run of the pipeline.
+        comparison: The methods side by side.
+        names: What to call each SID table.
+        collisions: A report for each of them.
+        model: The model that was logged.
+    """
+    stages = finish_pipeline(run_id, [comparison, *collisions, model])
+    show_summary(comparison, list(zip(names, collisions, strict=True)), stages, run_id)
+
+
+@task(**runtime.CPU)
+def record_failure(config: PipelineConfig, err: FlyteError | None = None) -> None:
+    """Close as FAILED what this execution left running in MLflow.
+
+    Args:
+        config: Settings of the pipeline; a failure node takes the inputs of its workflow.
+        err: What Flyte says about the failure.
+    """
+    fail_execution(err.message if err else "failed")
