@@ -22,8 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## create .venv with the pinned dependencies
 
 run: $(STAMP) ## train, compare and report on the shipped sample (PRESET=quickstart, SET="recommender.loop.epochs=2")
-	@$(BIN)/python -m workflows.config $(PRESET) $(SET) > .sidflow-config.yaml \
-		&& mkdir -p .sidflow && mv .sidflow-config.yaml .sidflow/config.yaml
+	@mkdir -p .sidflow && $(BIN)/python -m workflows.resolve $(PRESET) $(SET) > .sidflow/config.yaml
 	@$(BIN)/pyflyte run workflows/joint.py joint --config .sidflow/config.yaml
 
 test: $(STAMP) ## run the default test suite

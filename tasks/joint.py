@@ -11,7 +11,8 @@ from components.artifacts import (
     SidTable,
     TokenizerCheckpoint,
 )
-from components.training.joint import JointConfig, train_jointly
+from components.training.joint import JointConfig, JointStage, train_jointly
+from components.training.recommender import RecommenderStage
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
@@ -31,7 +32,8 @@ def fit_jointly(
     embeddings: Annotated[ContentEmbeddings, by_content],
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
     sids: Annotated[SidTable, by_content],
-    config: JointConfig,
+    recipe: RecommenderStage,
+    config: JointStage,
     run_id: str = "",
 ) -> Joint:
     """Train a pretrained tokenizer and a fresh recommender together; the three results are of one epoch.
@@ -41,11 +43,15 @@ def fit_jointly(
         embeddings: Folder of the ContentEmbeddings.
         tokenizer: Folder of the TokenizerCheckpoint to start from.
         sids: Folder of the SidTable of that tokenizer.
-        config: Recipe, a YAML file or JSON. Keys: section joint of workflows/presets/quickstart.yaml.
+        recipe: Recommender and its training, a YAML file or JSON. Keys: section recommender of
+            workflows/presets/quickstart.yaml.
+        config: What joint training adds, a YAML file or JSON. Keys: section joint of
+            workflows/presets/quickstart.yaml.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
-    with tracked("fit_jointly", config, run_id, [split, embeddings, tokenizer, sids]) as run:
-        result = train_jointly(split, embeddings, tokenizer, sids, config, run.log)
+    both = JointConfig(recommender=recipe, joint=config)
+    with tracked("fit_jointly", both, run_id, [split, embeddings, tokenizer, sids]) as run:
+        result = train_jointly(split, embeddings, tokenizer, sids, both, run.log)
         run.finish_training(result.recommender.metrics)
         run.output(*result)
         return Joint(*result)

@@ -1,11 +1,11 @@
 """Bundle what serving needs and log it as an MLflow model."""
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import mlflow
-import pandas as pd
 from flytekit import task
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -55,14 +55,15 @@ SIGNATURE = ModelSignature(
 
 def log_bundle(run: StageRun, bundle: Bundle) -> str:
     """Log a bundle as a pyfunc model of a run, without pickling anything, and return its ``models:/`` URI."""
-    with fluent(run):
+    with fluent(run), warnings.catch_warnings():
+        # Examples are checked with pandas calls that pandas 3 warns about; the signature stands without one.
+        warnings.filterwarnings("ignore", message=".*input example was not provided", category=UserWarning)
         model = mlflow.pyfunc.log_model(
             name="recommender",
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"bundle": str(keep(bundle))},
             code_paths=[str(Path(components.__file__).parent)],
             signature=SIGNATURE,
-            input_example=pd.DataFrame({"history": [bundle.catalog.items["raw_id"].head(2).to_list()]}),
             pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
             metadata={"sidflow.bundle": bundle.fingerprint},
         )

@@ -4,8 +4,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from components.artifacts import (
+    ContentEmbeddings,
+    InteractionLog,
+    ItemCatalog,
+    SequenceSplit,
+    SidTable,
+    TokenizerCheckpoint,
+)
+from components.data.planted import plant
+from components.data.splits import SplitConfig, hold_out
+from components.embeddings import LsaConfig, encode_items
+from components.tokenizers.rkmeans import RkMeansConfig
+from components.tokenizers.sids import SidConfig, assign
+from components.training.tokenizer import TokenizerStage, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +72,29 @@ def module_home(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> 
     """A private place for all tests of a file, where one run serves many questions."""
     with private_flyte(tmp_path_factory.mktemp("module"), empty_store) as home:
         yield home
+
+
+class Tiny(NamedTuple):
+    """The planted log taken through the stages before training, once for all tests."""
+
+    log: InteractionLog
+    catalog: ItemCatalog
+    split: SequenceSplit
+    embeddings: ContentEmbeddings
+    tokenizer: TokenizerCheckpoint
+    sids: SidTable
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    """Planted log, split, LSA vectors, residual k-means with 3 levels of 8 codes, and their SIDs."""
+    ingested = plant()
+    embeddings = encode_items(ingested.catalog, LsaConfig(dim=16))
+    tokenizer = train_tokenizer(embeddings, TokenizerStage(model=RkMeansConfig(codebook_sizes=[8, 8, 8])))
+    return Tiny(
+        *ingested,
+        hold_out(*ingested, SplitConfig()),
+        embeddings,
+        tokenizer,
+        assign(tokenizer, embeddings, SidConfig(suffix_size=32)),
+    )

@@ -1,6 +1,8 @@
 """The settings of a whole pipeline: a section for each stage."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from components.config import Config
 from components.data.ingest import IngestConfig
@@ -9,7 +11,7 @@ from components.metrics.compare import CompareConfig
 from components.metrics.report import EvaluateConfig
 from components.metrics.sids import CollisionConfig
 from components.tokenizers.sids import SidConfig
-from components.training.joint import JointConfig
+from components.training.joint import JointConfig, JointStage
 from components.training.recommender import RecommenderStage
 from components.training.tokenizer import TokenizerStage
 from tasks.data import EmbeddingStage
@@ -33,10 +35,15 @@ class PipelineConfig(Config):
     collisions: CollisionConfig = CollisionConfig()
     """Thresholds at which a run with collapsed SIDs fails."""
     recommender: RecommenderStage = RecommenderStage()
-    """The recommender on frozen SIDs."""
-    joint: JointConfig = JointConfig()
-    """Tokenizer and recommender together, with the recipe of that recommender; read by the joint workflow."""
+    """The recommender and its training, on frozen SIDs and jointly."""
+    joint: JointStage = JointStage()
+    """What joint training adds to the recommender's recipe; read by the joint workflow."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How methods are ranked and measured."""
     compare: CompareConfig = CompareConfig()
     """How methods are set side by side."""
+
+    @model_validator(mode="after")
+    def _joint_fits_the_recommender(self) -> Self:
+        JointConfig(recommender=self.recommender, joint=self.joint)
+        return self

@@ -27,6 +27,7 @@ def joint(config: PipelineConfig) -> Comparison:
         embeddings=named.embeddings,
         tokenizer=named.tokenizer,
         sids=named.sids,
+        recipe=config.recommender,
         config=config.joint,
         run_id=run_id,
     )

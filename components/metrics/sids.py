@@ -235,13 +235,9 @@ def describe(levels: pl.DataFrame, usage: pl.DataFrame, figures: dict[str, float
         words[f"level_{row['level']}"] = f"{use}: {meaning}"
     if "collision_share_of_events" in figures:
         share = figures["collision_share_of_events"]
-        than = (
-            "more often than"
-            if share > 1.1 * rate
-            else "less often than"
-            if share < 0.9 * rate
-            else "as often as"
-        )
+        than = "about as often as"
+        if share > 1.1 * rate or share < 0.9 * rate:
+            than = "more often than" if share > rate else "less often than"
         words["collision_share_of_events"] = (
             f"{share:.1%} of interactions go to items that share their codes: "
             f"popular items collide {than} others"

@@ -1,0 +1,201 @@
+"""Reports follow from their ranks, always carry the baselines, and refuse what does not compare."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from components.artifacts import HELD_OUT, SEQUENCE, ArtifactError, EvaluationReport, SequenceSplit
+from components.data.planted import plant
+from components.data.splits import SplitConfig, hold_out
+from components.metrics.report import (
+    EvaluateConfig,
+    evaluate_baselines,
+    evaluate_recommender,
+    inspect_lists,
+    recompute,
+)
+from components.seams import Ranking
+
+CONFIG = EvaluateConfig(resamples=200)
+
+
+@pytest.fixture(scope="module")
+def split() -> SequenceSplit:
+    return hold_out(*plant(), SplitConfig())
+
+
+@pytest.fixture(scope="module")
+def baselines(split: SequenceSplit) -> EvaluationReport:
+    return evaluate_baselines(split, CONFIG)
+
+
+def _ranking(items: np.ndarray) -> Ranking:
+    tensor = torch.from_numpy(items.astype(np.int64))
+    return Ranking(tensor, torch.zeros(tensor.shape))
+
+
+def _place_of_target(split: SequenceSplit, place: int):
+    """Rank with the target at one place and other items around it."""
+
+    def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
+        targets = frame["target"].to_numpy().astype(np.int64)
+        lists = (targets[:, None] + 1 + np.arange(20)) % split.num_items
+        lists[:, place - 1] = targets
+        return _ranking(lists)
+
+    return rank
+
+
+def _value(report: EvaluationReport, method: str, seen: str, metric: str, part: str = "all") -> float:
+    return report.metrics.filter(
+        (pl.col("method") == method)
+        & (pl.col("seen") == seen)
+        & (pl.col("metric") == metric)
+        & (pl.col("slice") == part)
+    )["value"].item()
+
+
+@pytest.fixture(scope="module")
+def third(split: SequenceSplit, baselines: EvaluationReport) -> EvaluationReport:
+    return evaluate_recommender("third", _place_of_target(split, 3), split, CONFIG, baselines)
+
+
+def test_metrics_of_lists_with_the_target_in_third_place(third: EvaluationReport) -> None:
+    for seen in ("kept", "excluded"):
+        for part in ("all", "head", "tail"):
+            assert _value(third, "third", seen, "R@1", part) == 0
+            assert _value(third, "third", seen, "R@5", part) == 1
+            assert _value(third, "third", seen, "N@5", part) == pytest.approx(0.5)
+            assert _value(third, "third", seen, "MRR", part) == pytest.approx(1 / 3)
+
+
+def test_every_report_holds_the_baselines(third: EvaluationReport, baselines: EvaluationReport) -> None:
+    assert third.ranks["method"].unique(maintain_order=True).to_list() == ["popularity", "itemknn", "third"]
+    assert third.metrics.filter(pl.col("method") != "third").equals(baselines.metrics)
+    assert third.details["itemknn"] == baselines.details["itemknn"]
+
+
+def test_metrics_follow_from_the_ranks(tmp_path: Path, third: EvaluationReport, split: SequenceSplit) -> None:
+    third.save(tmp_path / "report")
+    loaded = EvaluationReport.load(tmp_path / "report")
+    assert loaded.fingerprint == third.fingerprint
+    assert recompute(loaded, split).equals(third.metrics)
+
+
+def test_a_method_that_ranks_like_a_baseline_has_its_numbers(
+    split: SequenceSplit, baselines: EvaluationReport
+) -> None:
+    """The way from ranks and the way from lists agree: popularity without ties is the same on both."""
+    counts = np.bincount(split.train["sequence"].explode().to_numpy(), minlength=split.num_items)
+    ranks = baselines.ranks.filter(pl.col("method") == "popularity", pl.col("seen") == "kept")
+    assert len(ranks) == len(split.test)
+    targets = ranks["target"].to_numpy()
+    higher = (counts[None, :] > counts[targets][:, None]).sum(axis=1)
+    equal = (counts[None, :] == counts[targets][:, None]).sum(axis=1) - 1
+    expected = 1 + higher + equal // 2
+    found = ranks["rank"].fill_null(0).to_numpy()
+    assert (found == np.where(expected <= CONFIG.beams, expected, 0)).all()
+
+
+def test_intervals_hold_their_value_and_coverage_has_none(baselines: EvaluationReport) -> None:
+    means = baselines.metrics.filter(~pl.col("metric").str.starts_with("coverage"))
+    assert (
+        means.select((pl.col("low") <= pl.col("value")) & (pl.col("value") <= pl.col("high")))
+        .to_series()
+        .all()
+    )
+    assert means.null_count().sum_horizontal().item() == 0
+    coverage = baselines.metrics.filter(pl.col("metric") == "coverage@10")
+    assert len(coverage) == 4 and coverage["low"].is_null().all()
+
+
+def test_head_and_tail_share_out_the_users(baselines: EvaluationReport, split: SequenceSplit) -> None:
+    users = baselines.details["users"]
+    assert users["head"] + users["tail"] == users["all"] == len(split.test)
+    for metric in ("R@10", "MRR"):
+        parts = [
+            users[part] * _value(baselines, "itemknn", "kept", metric, part) for part in ("head", "tail")
+        ]
+        assert sum(parts) / users["all"] == pytest.approx(_value(baselines, "itemknn", "kept", metric))
+
+
+def test_the_decay_is_the_best_on_validation(baselines: EvaluationReport) -> None:
+    tried = baselines.details["itemknn"]["validation"]
+    assert [entry["decay"] for entry in tried] == CONFIG.itemknn.decays
+    best = max(entry["N@10"] for entry in tried)
+    chosen = [entry for entry in tried if entry["decay"] == baselines.details["itemknn"]["decay"]]
+    assert chosen[0]["N@10"] == best
+
+
+def test_equal_inputs_give_equal_reports(split: SequenceSplit, baselines: EvaluationReport) -> None:
+    assert evaluate_baselines(split, CONFIG).fingerprint == baselines.fingerprint
+
+
+def _small() -> SequenceSplit:
+    held = pl.DataFrame({"user_id": [0, 1], "history": [[0, 1], [2]], "target": [3, 4]}, schema=HELD_OUT)
+    return SequenceSplit(
+        train=pl.DataFrame({"user_id": [0, 1], "sequence": [[0], [2]]}, schema=SEQUENCE),
+        valid=held,
+        test=held,
+        num_items=5,
+        protocol="leave_one_out",
+        log="",
+        catalog="",
+    )
+
+
+def test_faults_of_lists_are_counted() -> None:
+    config = EvaluateConfig(ks=[1, 2], beams=5, coverage_k=2)
+    good = np.array([[2, 3, 4, -1, -1], [0, 4, 1, 3, -1]])
+    found = inspect_lists(good, _small(), config, seen="excluded")
+    assert found.ranks.tolist() == [2, 2]
+    assert found.coverage == 4 / 5
+    assert found.faults == {"invalid": 0, "duplicates": 0, "seen_items": 0}
+
+    bad = np.array([[1, 3, 3, -1, 9], [0, 4, -1, -1, -1]])
+    found = inspect_lists(bad, _small(), config, seen="excluded")
+    # User 0 may leave two places empty and has item 9 of 5; user 1 may leave one empty and leaves three.
+    assert found.faults == {"invalid": 3, "duplicates": 1, "seen_items": 1}
+    found = inspect_lists(bad, _small(), config, seen="kept")
+    assert found.faults == {"invalid": 5, "duplicates": 1, "seen_items": 0}
+
+
+def test_baselines_of_another_split_are_refused(baselines: EvaluationReport) -> None:
+    other = _small()
+    with pytest.raises(ArtifactError, match="evaluate the baselines on this split"):
+        evaluate_recommender("x", _place_of_target(other, 1), other, CONFIG, baselines)
+    with pytest.raises(ArtifactError, match="the report is of split"):
+        recompute(baselines, other)
+
+
+def test_baselines_with_other_settings_are_refused(split: SequenceSplit, baselines: EvaluationReport) -> None:
+    with pytest.raises(ArtifactError, match="same settings"):
+        evaluate_recommender("x", _place_of_target(split, 1), split, EvaluateConfig(seed=9), baselines)
+
+
+def test_batch_size_is_not_a_setting_of_the_numbers(
+    split: SequenceSplit, baselines: EvaluationReport
+) -> None:
+    other = EvaluateConfig(resamples=200, batch_size=7)
+    assert evaluate_baselines(split, other).fingerprint == baselines.fingerprint
+
+
+def test_names_of_baselines_and_short_lists_are_refused(
+    split: SequenceSplit, baselines: EvaluationReport
+) -> None:
+    with pytest.raises(ArtifactError, match="taken by a baseline"):
+        evaluate_recommender("itemknn", _place_of_target(split, 1), split, CONFIG, baselines)
+
+    def five(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
+        return _ranking(np.zeros((len(frame), 5)))
+
+    with pytest.raises(ValueError, match="at least 20 items"):
+        evaluate_recommender("short", five, split, CONFIG, baselines)
+
+
+def test_cut_offs_beyond_the_list_are_refused() -> None:
+    with pytest.raises(ValueError, match="50 places asked of 20 beams"):
+        EvaluateConfig(ks=[10, 50])
