@@ -4,6 +4,7 @@ A data frame field ``f`` is ``f.parquet``, a dict of tensors ``f.safetensors``, 
 everything else stands in ``manifest.json`` beside kind, format version, digests and provenance.
 """
 
+import copy
 import errno
 import hashlib
 import json
@@ -11,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -110,6 +111,12 @@ class Artifact:
     def fingerprint(self) -> str:
         """Sha256 over payload and small fields; equal content gives equal fingerprints on every machine."""
         return hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
+
+    def made_by(self, git: str) -> Self:
+        """Return this artefact with the commit of the code noted in its provenance."""
+        noted = copy.copy(self)
+        object.__setattr__(noted, "provenance", replace(self.provenance, git=git))
+        return noted
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -491,9 +498,7 @@ class SidTable(Artifact):
         for level, size in enumerate(self.codebook_sizes):
             codes = frame["codes"].list.get(level, null_on_oob=True).drop_nulls().to_numpy()
             highest = codes.max(initial=0)
-            require(
-                highest < size, f"SidTable: code {highest} on level {level + 1}, the codebook has {size}"
-            )
+            require(highest < size, f"SidTable: code {highest} on level {level + 1}, the codebook has {size}")
         top = frame["suffix"].to_numpy().max()
         require(
             top < self.suffix_size,

@@ -27,6 +27,8 @@ from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.tracking import StageRun, tracked
 
+FAULTS = ("invalid", "duplicates", "seen_items")
+
 
 def ranker(recommender: RecommenderCheckpoint, sids: SidTable, config: EvaluateConfig) -> RankFn:
     """Return the function that ranks held-out rows with a trained recommender."""
@@ -92,6 +94,16 @@ def evaluate_recommender(
         rank = ranker(recommender, sids, config)
         report = reporting.evaluate_recommender(name, rank, split, config, baselines)
         _log_metrics(run, report.metrics.filter(pl.col("method") == name))
+        faults = {
+            f"{row['seen']}/{fault}": row[fault]
+            for row in report.details["lists"]
+            for fault in FAULTS
+            if row["method"] == name
+        }
+        run.metrics({f"faults/{fault}": count for fault, count in faults.items()})
+        run.say(
+            f"{sum(faults.values())} faulty entries in the lists (invalid, doubled, or seen and excluded)"
+        )
         run.output(report)
         return report
 

@@ -21,6 +21,7 @@ from components import artifacts
 from components.artifacts import Artifact, ArtifactError, read_manifest
 from components.config import Config
 from tasks.home import home
+from tasks.origin import commit
 
 Folder: TypeAlias = str | Path | FlyteDirectory
 
@@ -101,6 +102,7 @@ class ArtifactTransformer(TypeTransformer[Artifact]):
         """Store the artefact and return its address; upload where this execution keeps its outputs remote."""
         files = ctx.file_access
         if isinstance(python_val, Artifact):
+            python_val = python_val.made_by(python_val.provenance.git or commit())
             if files.is_remote(files.raw_output_prefix):
                 draft = Path(files.get_random_local_directory())
                 python_val.save(draft)

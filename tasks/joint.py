@@ -14,6 +14,7 @@ from components.artifacts import (
 from components.training.joint import JointConfig, JointStage, train_jointly
 from components.training.recommender import RecommenderStage
 from tasks import runtime
+from tasks.checkpoints import resumable
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
@@ -51,7 +52,7 @@ def fit_jointly(
     """
     both = JointConfig(recommender=recipe, joint=config)
     with tracked("fit_jointly", both, run_id, [split, embeddings, tokenizer, sids]) as run:
-        result = train_jointly(split, embeddings, tokenizer, sids, both, run.log)
+        result = train_jointly(split, embeddings, tokenizer, sids, both, run.log, *resumable())
         run.finish_training(result.recommender.metrics)
         run.output(*result)
         return Joint(*result)

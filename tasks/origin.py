@@ -29,17 +29,22 @@ def execution_tags(stage: str) -> dict[str, str]:
     }
 
 
+def commit() -> str:
+    """Return the commit of the code, or ``unknown``."""
+    return code_tags()["mlflow.source.git.commit"]
+
+
 @cache
 def code_tags() -> dict[str, str]:
     """Return the commit of the code, and whether the working tree differs from it.
 
     In an image without a checkout the commit stands in the environment variable ``GIT_COMMIT``.
     """
-    commit = os.environ.get("GIT_COMMIT") or _git("rev-parse", "HEAD")
-    if not commit:
+    head = os.environ.get("GIT_COMMIT") or _git("rev-parse", "HEAD")
+    if not head:
         return {"mlflow.source.git.commit": "unknown"}
     dirty = "unknown" if os.environ.get("GIT_COMMIT") else str(bool(_git("status", "--porcelain"))).lower()
-    return {"mlflow.source.git.commit": commit, "sidflow.git.dirty": dirty}
+    return {"mlflow.source.git.commit": head, "sidflow.git.dirty": dirty}
 
 
 def _git(*arguments: str) -> str:

@@ -7,6 +7,7 @@ from flytekit import task
 from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable
 from components.training.recommender import RecommenderStage, train_recommender
 from tasks import runtime
+from tasks.checkpoints import resumable
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
@@ -27,7 +28,7 @@ def fit_recommender(
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("fit_recommender", config, run_id, [split, sids]) as run:
-        checkpoint = train_recommender(split, sids, config, run.log)
+        checkpoint = train_recommender(split, sids, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
         run.output(checkpoint)
         return checkpoint

@@ -20,6 +20,7 @@ from components.tokenizers import sids as naming
 from components.tokenizers.sids import SidConfig
 from components.training.tokenizer import TokenizerStage, train_tokenizer
 from tasks import runtime
+from tasks.checkpoints import resumable
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
@@ -36,7 +37,7 @@ def fit_tokenizer(
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("fit_tokenizer", config, run_id, [embeddings]) as run:
-        checkpoint = train_tokenizer(embeddings, config, run.log)
+        checkpoint = train_tokenizer(embeddings, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
         run.output(checkpoint)
         return checkpoint

@@ -234,6 +234,7 @@ def tracked(
         tags |= {"mlflow.parentRunId": run_id, "sidflow.pipeline": run_id}
     run = StageRun(client, client.create_run(experiment, tags=tags, run_name=stage).info.run_id, stage)
     _console.print(stage)
+    began = time.monotonic()
     try:
         if config is not None:
             _log_config(client, run.run_id, config)
@@ -243,6 +244,7 @@ def tracked(
         yield run
         run.flush()
         client.set_terminated(run.run_id, "FINISHED")
+        run.say(f"done in {time.monotonic() - began:.1f} s")
     except BaseException as error:
         _close_broken(run, run_id, error)
         raise

@@ -163,7 +163,11 @@ def test_bundle_refuses_parts_of_different_runs(tiny) -> None:
     )
     encoder = fit_encoder(tiny.catalog, LsaConfig(dim=16))
     parts = dict(
-        catalog=tiny.catalog, tokenizer=tiny.tokenizer, sids=tiny.sids, recommender=recommender, encoder=encoder
+        catalog=tiny.catalog,
+        tokenizer=tiny.tokenizer,
+        sids=tiny.sids,
+        recommender=recommender,
+        encoder=encoder,
     )
     Bundle(**parts)
     other = dataclasses.replace(tiny.sids, suffix_size=40)

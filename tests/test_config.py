@@ -34,7 +34,9 @@ def test_overrides_are_read_as_yaml() -> None:
 
 
 def test_unknown_keys_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"quickstart.yaml: settings that do not fit PipelineConfig:\n.*recomender"):
+    with pytest.raises(
+        ValueError, match=r"quickstart.yaml: settings that do not fit PipelineConfig:\n.*recomender"
+    ):
         load_preset(PipelineConfig, "quickstart", ["recomender.loop.epochs=2"])
     with pytest.raises(ValueError, match=r"recommender.model.causal.widht: Extra inputs are not permitted"):
         load_preset(PipelineConfig, "quickstart", ["recommender.model.widht=2"])
@@ -52,7 +54,9 @@ def test_overrides_that_make_no_sense(wrong: str) -> None:
 
 
 def test_a_preset_that_is_not_there_lists_those_that_are() -> None:
-    with pytest.raises(FileNotFoundError, match="no preset 'quikstart': give a YAML file or one of .*quickstart"):
+    with pytest.raises(
+        FileNotFoundError, match="no preset 'quikstart': give a YAML file or one of .*quickstart"
+    ):
         load_preset(PipelineConfig, "quikstart")
 
 
@@ -73,4 +77,7 @@ def test_gradient_paths_that_causal_cannot_split_are_refused_before_anything_run
 
 def test_a_resolved_config_resolves_to_itself() -> None:
     config = load_preset(PipelineConfig, "quickstart")
-    assert PipelineConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    assert (
+        PipelineConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
+        == config
+    )

@@ -75,10 +75,8 @@ class Tiger(nn.Module):
 
     def step(self, state: BeamCache, step: int, symbols: Tensor | None) -> tuple[Tensor, BeamCache]:
         """Write one symbol a beam (see ``decoding.CodeHead``)."""
-        if symbols is None:
-            y_BWD = self.begin.expand(len(state.context_bias), 1, -1)
-        else:
-            y_BWD = self.symbols.hard(symbols)
+        begin = self.begin.expand(len(state.context_bias), 1, -1)
+        y_BWD = begin if symbols is None else self.symbols.hard(symbols)
         hidden, state = self.decoder.step(y_BWD, state)
         return self._logits(hidden, step), state
 

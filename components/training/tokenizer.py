@@ -49,7 +49,6 @@ def train_tokenizer(
     embeddings: ContentEmbeddings,
     config: TokenizerStage,
     log: Log = lambda step, values: None,
-    *,
     save: Callable[[State], None] = lambda state: None,
     resume: State | None = None,
 ) -> TokenizerCheckpoint:
@@ -140,7 +139,7 @@ def _descend(
         progress = epoch / config.loop.epochs
         # Before an epoch is eligible a later one always counts as better, so patience starts to count there.
         score = -figures[config.keep] if progress >= config.keep_from else progress - NOT_ELIGIBLE
-        return {**figures, "score": score}
+        return {**figures, "keep/score": score}
 
     result = fit(
         {"tokenizer": tokenizer},
@@ -150,7 +149,7 @@ def _descend(
         step,
         validate,
         config.loop,
-        select="score",
+        select="keep/score",
         generator=generator,
         log=log,
         save=save,

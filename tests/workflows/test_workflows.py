@@ -8,10 +8,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from components.artifacts import (
-    CollisionReport,
     Comparison,
     EvaluationReport,
     RecommenderCheckpoint,
@@ -19,12 +19,16 @@ from components.artifacts import (
 )
 from components.config import PRESETS, load_preset
 from components.data.planted import plant
+from components.metrics.compare import CompareConfig
 from components.metrics.sids import CollapseError
+from tasks.evaluation import compare_reports
+from tasks.origin import commit
 from tasks.tracking import open_store
 from workflows.config import PipelineConfig
 from workflows.joint import joint
 from workflows.two_stage import two_stage
 
+ROOT = Path(__file__).parents[2]
 MODEL = {"kind": "causal", "dim": 32, "layers": 1, "heads": 2, "hidden": 64}
 RECIPE = {
     "model": MODEL,
@@ -277,41 +281,55 @@ print(json.dumps([out.to_dict("list"), components.__file__, "tasks" in sys.modul
         assert mine == pytest.approx(theirs)
 
 
-def test_a_stage_runs_alone_in_its_own_process_and_refuses_another_kind(first, data, tmp_path):
-    store = data / "artifacts"
-    sids = next((store / "SidTable").iterdir())
-    split = next((store / "SequenceSplit").iterdir())
-    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE | {"seed": 5}))
+def one_of(data: Path, kind: str) -> str:
+    return str(next((data / "artifacts" / kind).iterdir()))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(RECIPE | {"seed": 5}))
+    return path
+
+
+def test_a_stage_runs_alone_in_its_own_process(first, data, recipe):
     script = str(Path(sys.executable).with_name("pyflyte"))
-    root = Path(__file__).parents[2]
-    command = [
-        script,
-        "run",
-        "tasks/recommender.py",
-        "fit_recommender",
-        "--config",
-        str(tmp_path / "recipe.yaml"),
-    ]
-
-    def alone(**folders: Path) -> subprocess.CompletedProcess[str]:
-        arguments = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
-        return subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, check=False)
-
-    done = alone(split=split, sids=sids)
+    stage = [script, "run", "tasks/recommender.py", "fit_recommender", "--config", str(recipe)]
+    folders = ["--split", one_of(data, "SequenceSplit"), "--sids", one_of(data, "SidTable")]
+    done = subprocess.run([*stage, *folders], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "RecommenderCheckpoint(fingerprint=" in done.stdout
-    refused = alone(split=sids, sids=sids)
-    assert refused.returncode != 0
-    shown = " ".join((refused.stdout + refused.stderr).replace("│", " ").split())
-    assert "holds a SidTable, a SequenceSplit is wanted here" in shown
+    client = open_store()
+    alone = client.search_runs([client.get_experiment_by_name("stages").experiment_id])
+    assert [(run.info.run_name, run.info.status) for run in alone] == [("fit_recommender", "FINISHED")]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The '__version__' attribute is deprecated:DeprecationWarning"
+)  # rich-click
+def test_a_folder_of_another_kind_is_refused_with_both_named(first, data, recipe, monkeypatch):
+    from flytekit.clis.sdk_in_container.pyflyte import main as pyflyte
+
+    monkeypatch.chdir(ROOT)
+    folders = ["--split", one_of(data, "SidTable"), "--sids", one_of(data, "SidTable")]
+    stage = ["run", "tasks/recommender.py", "fit_recommender", "--config", str(recipe)]
+    refused = CliRunner().invoke(pyflyte, [*stage, *folders])
+    shown = " ".join(refused.output.replace("│", " ").split())
+    assert refused.exit_code != 0 and "holds a SidTable, a SequenceSplit is wanted here" in shown
+
+
+def test_reports_of_earlier_runs_are_compared_by_hand(first, data):
+    folders = list((data / "artifacts" / "EvaluationReport").iterdir())
+    methods = {str(f): set(EvaluationReport.load(f).ranks["method"]) for f in folders}
+    picked = [next(f for f, found in methods.items() if name in found) for name in ("two-stage", "joint")]
+    by_hand = compare_reports(reports=picked, config=CompareConfig(resamples=100))
+    assert set(by_hand.metrics["method"]) == {"popularity", "itemknn", "two-stage", "joint"}
+
+
+def test_artefacts_say_which_commit_made_them(first, data):
+    assert SidTable.load(Path(one_of(data, "SidTable"))).provenance.git == commit()
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_loads(preset):
     assert load_preset(PipelineConfig, preset).name
-
-
-def test_reports_on_disk_load_back(first, data):
-    store = data / "artifacts"
-    assert [CollisionReport.load(p) for p in (store / "CollisionReport").iterdir()]
-    assert [EvaluationReport.load(p) for p in (store / "EvaluationReport").iterdir()]
