@@ -80,7 +80,8 @@ def test_an_epoch_is_shown_and_a_step_is_not(client, capsys):
         run.log(10, {"train/loss": 1.5})
         assert capsys.readouterr().out == ""
         run.log(20, {"epoch": 2, "R@10": 0.123456, "codes_in_use/1": 12})
-    assert capsys.readouterr().out.split() == ["epoch", "2", "R@10", "0.1235"]
+        assert capsys.readouterr().out.split() == ["epoch", "2", "R@10", "0.1235"]
+    assert capsys.readouterr().out.startswith("    done in ")
 
 
 def test_a_store_that_is_away_for_a_while_costs_no_numbers(client, monkeypatch, capsys):

@@ -84,7 +84,7 @@ def test_logit_scales_give_the_wanted_top_probability(tiny, wanted: float) -> No
     scales = logit_scales(z, list(tokenizer.codebooks), 1.0, wanted)
     quantized = explore(z, list(tokenizer.codebooks), scales, build_exploration(SteConfig()), _generator())
     for soft in quantized.probabilities:
-        assert abs(float(soft.amax(-1).mean()) - wanted) < 1e-3
+        assert abs(soft.amax(-1).mean().item() - wanted) < 1e-3
 
 
 def test_impossible_top_probability_is_refused(tiny) -> None:
