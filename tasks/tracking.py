@@ -227,7 +227,15 @@ def tracked(
         ``run_id`` names no run of the store.
     """
     client = open_store()
-    tags = execution_tags(stage) | code_tags() | _kinds("parent", parents) | {"sidflow.stage": stage}
+    tags = (
+        execution_tags(stage)
+        | code_tags()
+        | _kinds("parent", parents)
+        | {
+            "sidflow.stage": stage,
+            "mlflow.source.name": stage,
+        }
+    )
     experiment = _experiment(client, STANDALONE) if not run_id else ""
     if run_id:
         experiment = _revive(client, run_id).info.experiment_id
@@ -293,13 +301,40 @@ def start_pipeline(workflow: str, experiment: str, config: Config) -> str:
         Settings of all stages.
     """
     client = open_store()
-    tags = execution_tags(workflow) | code_tags() | {"sidflow.workflow": workflow}
+    tags = (
+        execution_tags(workflow)
+        | code_tags()
+        | {"sidflow.workflow": workflow, "mlflow.source.name": workflow}
+    )
     name = f"{workflow} {datetime.now():%Y-%m-%d %H:%M:%S}"
     run_id = str(client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id)
     _set_tags(client, run_id, {"sidflow.pipeline": run_id})
     _log_config(client, run_id, config)
     _console.print(f"MLflow run {run_id} in experiment {experiment!r} of {without_secrets(tracking_uri())}")
     return run_id
+
+
+def record_result(run_id: str, figures: Mapping[str, float], note: str, figure: Figure) -> None:
+    """Put a pipeline's result on its own run, where people look first: figures, a picture and a description.
+
+    Parameters
+    ----------
+    run_id : str
+        The parent run; empty does nothing.
+    figures : mapping of str to float
+        Headline metrics.
+    note : str
+        Markdown, shown as the run's description.
+    figure : Figure
+        Kept as ``figures/comparison.png``.
+    """
+    if not run_id:
+        return
+    run = StageRun(open_store(), run_id, "pipeline")
+    run.metrics(figures)
+    run.flush()
+    run.figure("comparison", figure)
+    _set_tags(run.client, run_id, {"mlflow.note.content": note})
 
 
 def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str]:

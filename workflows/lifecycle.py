@@ -6,10 +6,12 @@ from flytekit import task
 from flytekit.types.error import FlyteError
 
 from components.artifacts import Bundle, CollisionReport, Comparison
+from components.metrics.compare import headline, markdown_table
+from components.metrics.figures import comparison_figure
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.summary import show_summary
-from tasks.tracking import fail_execution, finish_pipeline, start_pipeline
+from tasks.tracking import fail_execution, finish_pipeline, record_result, start_pipeline
 from workflows.config import PipelineConfig
 
 
@@ -41,6 +43,7 @@ def finish_run(
         collisions: A report for each of them.
         model: The model that was logged.
     """
+    record_result(run_id, headline(comparison), markdown_table(comparison), comparison_figure(comparison))
     stages = finish_pipeline(run_id, [comparison, *collisions, model])
     show_summary(comparison, list(zip(names, collisions, strict=True)), stages, run_id)
 

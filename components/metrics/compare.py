@@ -123,6 +123,25 @@ def table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> Table:
     return view
 
 
+def headline(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> dict[str, float]:
+    """Return the values over all users as ``method/seen/metric``."""
+    rows = comparison.metrics.filter(pl.col("slice") == "all", pl.col("metric").is_in(list(metrics)))
+    name = pl.concat_str("method", "seen", "metric", separator="/")
+    return dict(rows.select(name, "value").iter_rows())
+
+
+def markdown_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str:
+    """Lay the comparison out as Markdown, with the 95 % intervals."""
+    lines = ["| method | seen | " + " | ".join(metrics) + " |", "|---|---|" + "---|" * len(metrics)]
+    wide = _wide(comparison, metrics)
+    for block in SEEN:
+        for row in wide.filter(pl.col("seen") == block).iter_rows(named=True):
+            cells = [f"{short(row[metric]['value'])} ({_interval(row[metric])})" for metric in metrics]
+            method = row["method"].replace("|", "\\|")
+            lines.append(f"| {method} | {block} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def html_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str:
     """Lay the comparison out as an HTML fragment with its own styles, for a page that has none."""
     wide = _wide(comparison, metrics)

@@ -11,7 +11,9 @@ from components.artifacts import ArtifactError, EvaluationReport
 from components.metrics.compare import (
     CompareConfig,
     compare,
+    headline,
     html_table,
+    markdown_table,
     short,
     signed,
     table,
@@ -150,6 +152,19 @@ def test_the_best_of_each_block_is_marked_in_html_and_names_are_escaped() -> Non
     page = html_table(compare([_report(BASE | {"<b>": PLAIN})], CONFIG))
     assert page.count("color:#00684a") >= 8
     assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_markdown_and_headline_show_the_values_of_all_users(two: list[EvaluationReport]) -> None:
+    comparison = compare(two, CONFIG)
+    values = headline(comparison)
+    lines = markdown_table(comparison).splitlines()
+    assert len(lines) == 2 + len({tuple(name.split("/")[:2]) for name in values})
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    for name, value in values.items():
+        method, seen, metric = name.split("/")
+        row = next(line for line in lines if line.startswith(f"| {method} | {seen} |"))
+        column = [cell.strip() for cell in lines[0].split("|")].index(metric)
+        assert row.split("|")[column].strip().startswith(short(value) + " (")
 
 
 def test_a_metric_that_no_report_holds_is_named(two: list[EvaluationReport]) -> None:

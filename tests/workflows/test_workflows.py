@@ -1,6 +1,8 @@
 """Both workflows on planted data; one run of the joint workflow answers most questions."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +24,7 @@ from components.data.planted import plant
 from components.metrics.compare import CompareConfig
 from components.metrics.sids import CollapseError
 from tasks.evaluation import compare_reports
+from tasks.home import home
 from tasks.origin import commit
 from tasks.tracking import open_store
 from workflows.config import PipelineConfig
@@ -333,3 +336,40 @@ def test_artefacts_say_which_commit_made_them(first, data):
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_loads(preset):
     assert load_preset(PipelineConfig, preset).name
+
+
+def test_the_result_stands_on_the_run_that_people_open_first(first):
+    comparison, parent = first
+    run = open_store().get_run(parent.info.run_id)
+    wanted = comparison.metrics.filter(method="joint", seen="kept", slice="all", metric="R@10")[
+        "value"
+    ].item()
+    assert run.data.metrics["joint/kept/R_at_10"] == wanted
+    assert "| joint | kept |" in run.data.tags["mlflow.note.content"]
+    assert "figures/comparison.png" in [
+        f.path for f in open_store().list_artifacts(parent.info.run_id, "figures")
+    ]
+
+
+def test_two_processes_with_one_seed_give_the_same_bytes(first, data, tmp_path, empty_store):
+    """A second machine of the same kind: nothing cached, nothing shared but the files and the settings."""
+    comparison, _ = first
+    config = tmp_path / "config.json"
+    config.write_text(settings(data).model_dump_json())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(empty_store, elsewhere / "mlflow.db")
+    command = [str(Path(sys.executable).with_name("pyflyte")), "run", "workflows/joint.py", "joint"]
+    done = subprocess.run(
+        [*command, "--config", str(config)],
+        cwd=ROOT,
+        env=os.environ | {"SIDFLOW_HOME": str(elsewhere), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    here = home() / "artifacts"
+    for kind in ("SidTable", "RecommenderCheckpoint", "TokenizerCheckpoint", "Comparison"):
+        names = {folder.name for folder in (elsewhere / "artifacts" / kind).iterdir()}
+        assert names and names <= {folder.name for folder in (here / kind).iterdir()}, kind
+    assert comparison.fingerprint[:16] in {f.name for f in (elsewhere / "artifacts" / "Comparison").iterdir()}
