@@ -32,7 +32,7 @@ def override(values: dict[str, Any], assignment: str) -> None:
     Raises
     ------
     ValueError
-        The assignment has no ``=``, or its path runs through a plain value.
+        The assignment has no ``=``, its value is not valid YAML, or its path runs through a plain value.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path:
@@ -43,7 +43,10 @@ def override(values: dict[str, Any], assignment: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ValueError(f"override {assignment!r}: {parent!r} is a plain value, not a section")
-    node[key] = _plain(text)
+    try:
+        node[key] = _plain(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {assignment!r}: the value is not valid YAML: {error}") from error
 
 
 def _plain(text: str) -> Any:

@@ -122,7 +122,7 @@ def fit_encoder(catalog: ItemCatalog, config: EncoderConfig) -> ContentEncoder:
         weights={"projection": projection_VD},
         config=config.model_dump(mode="json"),
         catalog=catalog.fingerprint,
-        provenance=Provenance(parents={"catalog": catalog.fingerprint}),
+        provenance=Provenance(parents={"ItemCatalog": catalog.fingerprint}),
     )
 
 
@@ -217,7 +217,7 @@ def assemble(
         catalog=catalog.fingerprint,
         provenance=Provenance(
             config=encoder.config,
-            parents={"catalog": catalog.fingerprint, "encoder": encoder.fingerprint},
+            parents={"ItemCatalog": catalog.fingerprint, "ContentEncoder": encoder.fingerprint},
         ),
     )
 
@@ -259,12 +259,14 @@ def _fit_lsa(catalog: ItemCatalog, config: LsaConfig) -> tuple[pl.DataFrame, Ten
     try:
         tfidf_NV = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise ValueError(f"lsa finds no term in the item texts ({error}); lower embeddings.min_df") from error
+        raise ValueError(
+            f"lsa finds no term in the item texts ({error}); lower embedding.encoder.min_df"
+        ) from error
     _check_text(tfidf_NV, catalog.items)
     if config.dim >= min(tfidf_NV.shape):
         raise ValueError(
             f"lsa: dim {config.dim} must be below the {tfidf_NV.shape[0]} items and the {tfidf_NV.shape[1]} "
-            f"terms of their texts; set embeddings.dim to at most {min(tfidf_NV.shape) - 1}"
+            f"terms of their texts; set embedding.encoder.dim to at most {min(tfidf_NV.shape) - 1}"
         )
     # scikit-learn fixes the sign of every component, so equal seeds give equal vectors.
     svd = TruncatedSVD(config.dim, algorithm="randomized", random_state=config.seed).fit(tfidf_NV)
@@ -291,7 +293,7 @@ def _check_text(tfidf_NV: Any, rows: pl.DataFrame) -> None:
         raise ValueError(
             f"lsa: {len(without)} items have no usable text, the first are raw ids "
             f"{without['raw_id'].head(5).to_list()} with text {without['text'].head(5).to_list()}; "
-            "give them a title or drop them, lower embeddings.min_df, or use precomputed vectors"
+            "give them a title or drop them, lower embedding.encoder.min_df, or use precomputed vectors"
         )
 
 
@@ -334,7 +336,7 @@ def _encode_sentences(config: SentenceTransformerConfig, rows: pl.DataFrame) -> 
 def _digest_of_file(config: PrecomputedConfig) -> str:
     path = Path(config.path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; embeddings.path names the precomputed vectors")
+        raise FileNotFoundError(f"{path}: no such file; embedding.encoder.path names the precomputed vectors")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     _same_digest(config.sha256, digest, config.path)
@@ -362,7 +364,7 @@ def _read_vectors(config: PrecomputedConfig, catalog: ItemCatalog) -> Tensor:
             if config.vectors not in tensors:
                 raise ValueError(
                     f"{path}: no tensor {config.vectors!r}, it holds {sorted(tensors)}; "
-                    "set embeddings.vectors"
+                    "set embedding.encoder.vectors"
                 )
             x_ND = tensors[config.vectors].float().numpy()
         case other:
@@ -384,7 +386,9 @@ def _read_vectors(config: PrecomputedConfig, catalog: ItemCatalog) -> Tensor:
 def _read_column(path: Path, column: str) -> np.ndarray[Any, Any]:
     frame = pl.read_parquet(path)
     if column not in frame.columns:
-        raise ValueError(f"{path}: no column {column!r}, it holds {frame.columns}; set embeddings.vectors")
+        raise ValueError(
+            f"{path}: no column {column!r}, it holds {frame.columns}; set embedding.encoder.vectors"
+        )
     widths = frame.select(pl.col(column).cast(pl.List(pl.Float32)).list.len()).to_series()
     odd = frame.with_row_index("row").filter(widths != widths[0])
     if len(odd):
@@ -403,7 +407,7 @@ def _rows_of(config: PrecomputedConfig, path: Path, catalog: ItemCatalog, count:
         raise ValueError(
             f"{path}: {count} vectors for {catalog.num_items} items of the catalogue; k-core may have "
             "dropped items: write one row an item in the catalogue's order, or give ids and set "
-            "embeddings.rows=by_id"
+            "embedding.encoder.rows=by_id"
         )
     if ids is not None:
         differs = (ids != catalog.items["raw_id"]).arg_true()
@@ -412,7 +416,7 @@ def _rows_of(config: PrecomputedConfig, path: Path, catalog: ItemCatalog, count:
             raise ValueError(
                 f"{path} row {row}: holds item {ids[row]!r}, the catalogue has "
                 f"{catalog.items['raw_id'][row]!r} there ({len(differs)} rows differ); sort the file by the "
-                "catalogue, or set embeddings.rows=by_id"
+                "catalogue, or set embedding.encoder.rows=by_id"
             )
     return np.arange(count)
 
@@ -424,20 +428,20 @@ def _read_ids(config: PrecomputedConfig, path: Path) -> pl.Series | None:
         columns = pl.read_parquet_schema(path)
         if config.ids not in columns:
             raise ValueError(
-                f"{path}: no column {config.ids!r}, it holds {list(columns)}; set embeddings.ids"
+                f"{path}: no column {config.ids!r}, it holds {list(columns)}; set embedding.encoder.ids"
             )
         return pl.read_parquet(path, columns=[config.ids])[config.ids].cast(pl.String)
     listing = Path(config.ids)
     if not listing.is_file():
         raise FileNotFoundError(
-            f"{listing}: no such file; embeddings.ids names a text file with one raw id a line"
+            f"{listing}: no such file; embedding.encoder.ids names a text file with one raw id a line"
         )
     return pl.Series(listing.read_text().splitlines(), dtype=pl.String)
 
 
 def _look_up(ids: pl.Series | None, path: Path, catalog: ItemCatalog) -> np.ndarray[Any, Any]:
     if ids is None:
-        raise ValueError("embeddings.rows=by_id looks rows up by raw id: set embeddings.ids")
+        raise ValueError("embedding.encoder.rows=by_id looks rows up by raw id: set embedding.encoder.ids")
     known = pl.DataFrame({"raw_id": ids}, schema={"raw_id": pl.String}).with_row_index("row")
     twice = known.filter(pl.col("raw_id").is_duplicated())
     if len(twice):

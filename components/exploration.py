@@ -1,7 +1,8 @@
 """How much a code assignment explores, and how much gradient it passes on.
 
 One assignment function serves every kind (``tokenizers.sources.explore``); a kind only says how much
-Gumbel noise the logits of a level get. Codes are drawn from ``softmax((logits + noise * gumbel) / tau)``.
+Gumbel noise the logits of a level get. A code is the best of ``logits + noise * gumbel``, so noise 1 draws from
+``softmax(logits)``; tau leaves the code as it is and only flattens the soft assignment that gradient uses.
 
 References
 ----------
@@ -76,7 +77,9 @@ def gumbel(shape: torch.Size, generator: torch.Generator, device: torch.device) 
     return -torch.log(-torch.log(uniform)).to(device)
 
 
-def pick(logits: Tensor, noise: Tensor, tau: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def pick(
+    logits: Tensor, noise: Tensor, tau: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     """Draw a code for every row of a level.
 
     Parameters
@@ -87,8 +90,8 @@ def pick(logits: Tensor, noise: Tensor, tau: float, generator: torch.Generator) 
         (U, 1), >= 0; rows of 0 take their best code. No noise is drawn if all rows are 0.
     tau : float
         Temperature, > 0.
-    generator : torch.Generator
-        The CPU stream that noise is drawn from.
+    generator : torch.Generator, optional
+        The CPU stream that noise is drawn from; None, as in evaluation: no noise.
 
     Returns
     -------
@@ -111,6 +114,6 @@ def pick(logits: Tensor, noise: Tensor, tau: float, generator: torch.Generator) 
     lowest = float(noise.min()) if noise.numel() else 0.0
     if lowest < 0:
         raise ValueError(f"noise must be >= 0, got {lowest}")
-    if bool((noise > 0).any()):
+    if generator is not None and bool((noise > 0).any()):
         logits = logits + noise * gumbel(logits.shape, generator, logits.device)
     return logits.argmax(dim=-1), torch.softmax(logits / tau, dim=-1)

@@ -32,4 +32,6 @@ def resumable() -> Resumable:
 
     earlier = checkpoint.read()
     # weights_only: tensors and plain values, never code.
-    return Resumable(save, torch.load(BytesIO(earlier), weights_only=True) if earlier else None)
+    return Resumable(
+        save, torch.load(BytesIO(earlier), map_location="cpu", weights_only=True) if earlier else None
+    )

@@ -22,7 +22,7 @@ from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
 from components.seams import Ranking
 from components.tokenizers.sids import table_symbols
-from components.training.recommender import device_of
+from components.training.loop import device_of
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.tracking import StageRun, tracked

@@ -7,11 +7,12 @@ points to a temporary file.
 
 import html
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args, get_origin
 
 from flytekit import FlyteContext, HashMethod
 from flytekit.core.type_engine import TypeEngine, TypeTransformer, TypeTransformerFailedError
 from flytekit.extras.pydantic_transformer.transformer import PydanticTransformer
+from flytekit.interaction import click_types
 from flytekit.models.core.types import BlobType
 from flytekit.models.literals import Blob, BlobMetadata, Literal, Scalar
 from flytekit.models.types import LiteralType
@@ -154,6 +155,21 @@ class ConfigTransformer(PydanticTransformer):
         full = super().get_literal_type(t)
         return LiteralType(simple=full.simple, structure=full.structure, annotation=full.annotation)
 
+
+class ListParam(click_types.JsonParamType):
+    """A JSON list on the command line. Flytekit would read folders of artefacts as JSON files themselves."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Pass a list of folders as it is given; everything else is flytekit's."""
+        item, *_ = (*get_args(self._python_type), None)
+        kind = get_args(item)[0] if get_origin(item) is Annotated else item
+        if isinstance(kind, type) and issubclass(kind, Artifact):
+            return self._parse(value, param)
+        return super().convert(value, param, ctx)
+
+
+# Flytekit has no hook for this: the converter follows from the Flyte type alone.
+click_types.JsonParamType = ListParam
 
 for _kind in vars(artifacts).values():
     if isinstance(_kind, type) and issubclass(_kind, Artifact) and _kind is not Artifact:

@@ -17,7 +17,7 @@ from components.data.batches import held_out_rows
 from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
 from components.tokenizers.sids import table_symbols
-from components.training.recommender import device_of
+from components.training.loop import device_of
 
 BEAMS = 20
 BATCH = 128

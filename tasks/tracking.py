@@ -269,7 +269,8 @@ def _revive(client: MlflowClient, run_id: str) -> Run:
 
 
 def _close_broken(run: StageRun, pipeline: str, error: BaseException) -> None:
-    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    # Flytekit turns Ctrl-C into an exit.
+    status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
     stage, text = run.stage, f"{type(error).__name__}: {error}"
     try:
         for run_id in filter(None, (run.run_id, pipeline)):

@@ -47,7 +47,7 @@ def test_bounds_are_kept() -> None:
         load_preset(PipelineConfig, "quickstart", ["recommender.model.dropout=1.5"])
 
 
-@pytest.mark.parametrize("wrong", ["recommender", "=3", "name.deep=1"])
+@pytest.mark.parametrize("wrong", ["recommender", "=3", "name.deep=1", "seed=[64"])
 def test_overrides_that_make_no_sense(wrong: str) -> None:
     with pytest.raises(ValueError, match="override"):
         load_preset(PipelineConfig, "quickstart", [wrong])
@@ -73,6 +73,11 @@ def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
 def test_gradient_paths_that_causal_cannot_split_are_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="history and teacher_forcing on or off together"):
         load_preset(PipelineConfig, "quickstart", ["joint.paths.history=false"])
+
+
+def test_codebooks_too_small_for_joint_training_are_refused_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match=r"joint.top_probability 0.5 must lie above 1/2"):
+        load_preset(PipelineConfig, "quickstart", ["tokenizer.model.codebook_sizes=[64, 2]"])
 
 
 def test_a_resolved_config_resolves_to_itself() -> None:

@@ -193,7 +193,7 @@ def test_precomputed_by_id_names_what_it_cannot_find(
     config = PrecomputedConfig(path=write(tmp_path, ".parquet", vectors[:34]), ids="raw_id", rows="by_id")
     with pytest.raises(ValueError, match=r"no vector for 1 items, the first are \['sku-34'\]"):
         encode_items(catalog, config)
-    with pytest.raises(ValueError, match="set embeddings.ids"):
+    with pytest.raises(ValueError, match="set embedding.encoder.ids"):
         encode_items(catalog, config.model_copy(update={"ids": None}))
     with pytest.raises(ValueError, match="no column 'sku'"):
         encode_items(catalog, config.model_copy(update={"ids": "sku"}))

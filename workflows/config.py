@@ -47,3 +47,13 @@ class PipelineConfig(Config):
     def _joint_fits_the_recommender(self) -> Self:
         JointConfig(recommender=self.recommender, joint=self.joint)
         return self
+
+    @model_validator(mode="after")
+    def _codebooks_fit_joint_training(self) -> Self:
+        smallest, wanted = min(self.tokenizer.model.codebook_sizes), self.joint.top_probability
+        if wanted * smallest <= 1:
+            raise ValueError(
+                f"joint.top_probability {wanted} must lie above 1/{smallest}, the share of one code in the "
+                "smallest of tokenizer.model.codebook_sizes: raise it, or take larger codebooks"
+            )
+        return self

@@ -78,7 +78,8 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
         log=log.fingerprint,
         catalog=catalog.fingerprint,
         provenance=Provenance(
-            config=config.model_dump(), parents={"log": log.fingerprint, "catalog": catalog.fingerprint}
+            config=config.model_dump(),
+            parents={"InteractionLog": log.fingerprint, "ItemCatalog": catalog.fingerprint},
         ),
     )
     check_no_leak(log, split)

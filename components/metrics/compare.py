@@ -98,7 +98,7 @@ def verdict(
 
 
 def table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> Table:
-    """Lay the comparison out for a terminal of 100 columns.
+    """Lay the comparison out for a terminal of 100 columns; in a narrower one intervals go below their values.
 
     The best value of each column stands out, apart for seen items kept and excluded: the two never compare.
     """
@@ -114,7 +114,7 @@ def table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> Table:
     view.add_column("method", no_wrap=True, overflow="ellipsis", max_width=18)
     view.add_column("seen", no_wrap=True, style="dim")
     for metric in metrics:
-        view.add_column(metric, justify="right", no_wrap=True)
+        view.add_column(metric, justify="right")
     for block in SEEN:
         rows = wide.filter(pl.col("seen") == block)
         for number, row in enumerate(rows.iter_rows(named=True)):

@@ -151,7 +151,7 @@ def evaluate_recommender(
                 f"for each of {len(split.test)} rows"
             )
         found[name, seen] = inspect_lists(items[:, : config.beams], split, config, seen=seen)
-    own = _report(found, split, config, {}, parents={"baselines": baselines.fingerprint})
+    own = _report(found, split, config, {}, parents={"EvaluationReport": baselines.fingerprint})
     details = baselines.details | own.details
     details["lists"] = baselines.details["lists"] + own.details["lists"]
     return EvaluationReport(
@@ -318,6 +318,6 @@ def _report(
         }
         | details,
         provenance=Provenance(
-            config=_settings(config), parents={"split": split.fingerprint} | parents, seed=config.seed
+            config=_settings(config), parents={"SequenceSplit": split.fingerprint} | parents, seed=config.seed
         ),
     )

@@ -16,6 +16,8 @@ GROUPS = CollisionReport.SCHEMAS["groups"]
 LEVELS = CollisionReport.SCHEMAS["levels"]
 TEXTS_SHOWN = 20
 """Largest groups whose item texts a report carries."""
+SMALL_GROUP = 4
+"""Items that may share their codes in a catalogue of any size."""
 
 COLLISION_BANDS = (
     (0.1, "few items share their codes"),
@@ -43,7 +45,8 @@ class CollisionConfig(Config):
     max_collision_rate: float = Field(0.95, gt=0, le=1)
     """Collapse above this share of items that share their codes."""
     max_group_share: float = Field(0.25, gt=0, le=1)
-    """Collapse when one group of equal codes holds more than this share of the catalogue (and over one item)."""
+    """Collapse when one group of equal codes holds more than this share of the catalogue, and over four items:
+    in a catalogue of a few items a pair is a large share and no collapse."""
     watch_evenness: float = Field(0.2, ge=0, le=1)
     """Watch below this evenness of a level."""
     watch_collision_rate: float = Field(0.8, gt=0, le=1)
@@ -116,7 +119,7 @@ def analyze(
         bands=describe(levels, usage, figures),
         verdict="collapsed" if collapse else "watch" if _watch(levels, usage, figures, config) else "healthy",
         sids=table.fingerprint,
-        provenance=Provenance(config=config.model_dump(mode="json"), parents={"sids": table.fingerprint}),
+        provenance=Provenance(config=config.model_dump(mode="json"), parents={"SidTable": table.fingerprint}),
     )
 
 
@@ -326,7 +329,7 @@ def _collapse(
             f"collision rate {figures['collision_rate']:.3f}, wanted at most {config.max_collision_rate}"
         )
     group_share = figures["largest_group"] / figures["items"]
-    if figures["largest_group"] > 1 and group_share > config.max_group_share:
+    if figures["largest_group"] > SMALL_GROUP and group_share > config.max_group_share:
         found.append(
             f"largest group {figures['largest_group']:.0f} of {figures['items']:.0f} items "
             f"({group_share:.3f}), wanted at most {config.max_group_share}"

@@ -22,7 +22,7 @@ class ExactRanking(NamedTuple):
     """Where the targets stand among all items, and the top of each list."""
 
     ranks: NDArray[np.int64]
-    """(U,) from 1."""
+    """(U,) from 1; 0 where the target is not in the ranking."""
     items: NDArray[np.int64]
     """(U, k) item ids, best first, ties by item id; -1 where fewer than k items may be listed."""
 
@@ -65,7 +65,7 @@ def rank_exactly(
     k : int
         Length of the lists to return.
     exclude_seen : bool
-        Take the items of the history out of the ranking. The target itself always stays in.
+        Take the items of the history out of the ranking, for all methods alike: a target among them is a miss.
     batch_size : int
         Users scored at once; sets the memory, not the result.
     """
@@ -77,13 +77,14 @@ def rank_exactly(
         rows = np.arange(block.stop - block.start)
         scores = scorer.scores(histories[block])
         own = scores[rows, wanted[block]].copy()
+        hidden = np.zeros(len(rows), dtype=bool)
         if exclude_seen:
             seen = flatten(histories[block])
             scores[seen.rows, seen.items] = -np.inf
-            scores[rows, wanted[block]] = own
+            hidden = scores[rows, wanted[block]] == -np.inf
         higher = (scores > own[:, None]).sum(axis=1)
         equal = (scores == own[:, None]).sum(axis=1) - 1
-        ranks[block] = 1 + higher + equal // 2
+        ranks[block] = np.where(hidden, 0, 1 + higher + equal // 2)
         top = best_items(scores, k)
         items[block, : top.shape[1]] = top
     return ExactRanking(ranks, items)

@@ -3,6 +3,7 @@
 Shapes: N items, L levels, S = L + 1 steps of a SID.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import polars as pl
@@ -10,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import ArtifactError, ContentEmbeddings, SidTable, TokenizerCheckpoint
+from components.artifacts import ArtifactError, ContentEmbeddings, Provenance, SidTable, TokenizerCheckpoint
 from components.config import Config
 from components.seams import SymbolSpace
 from components.tokenizers.build import load_tokenizer
@@ -88,9 +89,13 @@ def assign(
                 codes_NL = sinkhorn_codes(
                     latents_NZ, list(tokenizer.codebooks), config.epsilon, config.iterations
                 )
-    return codes_to_table(
+    table = codes_to_table(
         codes_NL, tokenizer.codebook_sizes, config.suffix_size, checkpoint.fingerprint, previous
     )
+    parents = {"TokenizerCheckpoint": checkpoint.fingerprint, "ContentEmbeddings": embeddings.fingerprint}
+    if previous is not None:
+        parents["SidTable"] = previous.fingerprint
+    return replace(table, provenance=Provenance(config=config.model_dump(mode="json"), parents=parents))
 
 
 def codes_to_table(

@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from components.artifacts import Provenance, SidTable
 from components.exploration import pick
 from components.seams import BatchTokens, Exploration, ItemTokens, Quantized, SymbolSpace, Tokenizer
-from components.tokenizers.quantize import squared_distances, straight_through
+from components.tokenizers.quantize import residual_codes, squared_distances, straight_through
 from components.tokenizers.sids import codes_to_table, space_of, table_symbols
+
+SCALE_ROWS = 4096
+"""The logit scales are found on about so many items: more do not move them by a percent."""
 
 
 class FrozenSids(nn.Module):
@@ -57,7 +60,7 @@ def explore(
     codebooks: Sequence[Tensor],
     scales: Tensor,
     exploration: Exploration,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     follow: Tensor | None = None,
 ) -> Quantized:
     """Quantise latents level by level with exploration noise and a soft assignment.
@@ -72,8 +75,8 @@ def explore(
         (L,), the logits of a level are minus the squared distances divided by its scale.
     exploration : Exploration
         How much noise.
-    generator : torch.Generator
-        Where noise is drawn from.
+    generator : torch.Generator, optional
+        Where noise is drawn from; None: no noise.
     follow : Tensor, optional
         (U, L) codes that the residual subtracts; by default the codes drawn here.
 
@@ -119,11 +122,12 @@ def explore(
 
 
 @torch.no_grad()
-def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], tau: float, top_probability: float) -> Tensor:
+def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], top_probability: float) -> Tensor:
     """Find the scale of each level at which the best code has a given mean probability.
 
-    With unit Gumbel noise and tau 1 this is also how often a sampled code equals the nearest one. Without
-    such a scale noise is either without effect or a uniform draw, depending on the size of the latents.
+    With unit Gumbel noise this is also how often a sampled code equals the nearest one. Without such a scale
+    noise is either without effect or a uniform draw, depending on the size of the latents. The probability is
+    that at tau 1, whatever tau is used: a scale that made up for tau would turn it into less noise.
 
     Parameters
     ----------
@@ -131,8 +135,6 @@ def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], tau: float, top_prob
         Latents of the whole catalogue.
     codebooks : sequence of Tensor
         One (K, Z) a level.
-    tau : float
-        Temperature of the soft assignment.
     top_probability : float
         Wanted mean of the largest probability, above 1/K and below 1.
 
@@ -144,9 +146,9 @@ def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], tau: float, top_prob
     Raises
     ------
     ValueError
-        The wanted probability cannot be reached on some level.
+        The wanted probability cannot be reached on some level: it is out of range, or codewords coincide.
     """
-    residual, scales = z_NZ, []
+    residual, scales = z_NZ[:: max(1, len(z_NZ) // SCALE_ROWS)], []
     for level, codebook_KZ in enumerate(codebooks):
         if not 1 / len(codebook_KZ) < top_probability < 1:
             raise ValueError(
@@ -157,8 +159,13 @@ def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], tau: float, top_prob
         low, high = -20.0, 20.0  # of log scale; the mean top probability falls as the scale grows
         for _ in range(50):
             middle = (low + high) / 2
-            top = torch.softmax(-distance_NK / (tau * math.exp(middle)), dim=-1).amax(dim=-1).mean()
+            top = torch.softmax(-distance_NK / math.exp(middle), dim=-1).amax(dim=-1).mean()
             low, high = (middle, high) if float(top) > top_probability else (low, middle)
+        if abs(float(top) - top_probability) > 0.01:
+            raise ValueError(
+                f"level {level + 1}: no logit scale gives top_probability {top_probability}, the nearest is "
+                f"{float(top):.3f}; codewords coincide, or the latents are far from a root mean square of 1"
+            )
         scales.append(math.exp((low + high) / 2))
         residual = residual - codebook_KZ[distance_NK.argmin(dim=-1)]
     return torch.tensor(scales, dtype=torch.float32, device=z_NZ.device)
@@ -167,14 +174,14 @@ def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], tau: float, top_prob
 class LiveSids(nn.Module):
     """Tokens of a tokenizer in training: codes from a table that is refreshed, gradient from the assignment.
 
-    Buffers hold the table, so the state of this module is tokenizer and table **of one moment**.
+    Buffers hold the table, so the state of this module is tokenizer, table and noise **of one moment**.
     """
 
     codes: Tensor
     suffix: Tensor
     starts: Tensor
     scales: Tensor
-    _x_ND: Tensor
+    _x_ND: Tensor | None
     _latents: Tensor | None
 
     def __init__(
@@ -195,7 +202,11 @@ class LiveSids(nn.Module):
         self.space: SymbolSpace = space_of(table)
         self.exploration, self.paths, self.generator = exploration, paths, generator
         self.residual, self.train_encoder = residual, train_encoder
-        self.register_buffer("_x_ND", x_ND, persistent=False)
+        if train_encoder and not any(name.startswith("encoder.") for name, _ in tokenizer.named_parameters()):
+            raise ValueError(
+                "train_encoder is set, but this tokenizer has no encoder: take rqvae, or unset it"
+            )
+        self.register_buffer("_x_ND", x_ND if train_encoder else None, persistent=False)
         self.register_buffer(
             "_latents", None if train_encoder else tokenizer.latents(x_ND).detach(), persistent=False
         )
@@ -206,12 +217,23 @@ class LiveSids(nn.Module):
         self.register_buffer("starts", starts)
         self.register_buffer(
             "scales",
-            logit_scales(self.latents(), list(tokenizer.codebooks), exploration.tau, top_probability),
+            logit_scales(self.latents(), list(tokenizer.codebooks), top_probability),
         )
 
-    def latents(self) -> Tensor:
-        """Return the latents of all items (N, Z): computed once while the encoder is frozen."""
-        return self.tokenizer.latents(self._x_ND) if self._latents is None else self._latents
+    def latents(self, item_ids: Tensor | None = None) -> Tensor:
+        """Return the latents of items (U, Z), by default of all: computed once while the encoder is frozen."""
+        if self._latents is not None:
+            return self._latents if item_ids is None else self._latents[item_ids]
+        assert self._x_ND is not None
+        return self.tokenizer.latents(self._x_ND if item_ids is None else self._x_ND[item_ids])
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the noise, so that a resumed run draws what an unbroken one would."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the state of the noise."""
+        self.generator.set_state(state.cpu())
 
     @property
     def symbols(self) -> Tensor:
@@ -219,15 +241,15 @@ class LiveSids(nn.Module):
         return torch.cat([self.codes, self.suffix[:, None]], dim=1) + self.starts
 
     def assign(self, item_ids: Tensor) -> tuple[BatchTokens, Quantized]:
-        """Pass items (U,) through the tokenizer once; return their tokens and the pass itself."""
-        z_UZ = (
-            self.tokenizer.latents(self._x_ND[item_ids]) if self._latents is None else self._latents[item_ids]
-        )
+        """Pass items (U,) through the tokenizer once; return their tokens and the pass itself.
+
+        Noise is drawn in training mode only.
+        """
+        z_UZ = self.latents(item_ids)
         table_UL = self.codes[item_ids]
         follow = table_UL if self.residual == "table" else None
-        q = explore(
-            z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, self.generator, follow
-        )
+        generator = self.generator if self.training else None
+        q = explore(z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, generator, follow)
         symbols = torch.cat([table_UL, self.suffix[item_ids, None]], dim=1) + self.starts
         hard = ItemTokens(symbols)
         if not self.exploration.surrogate:
@@ -271,13 +293,16 @@ class LiveSids(nn.Module):
             More items share codes than there are suffixes.
         """
         before = self.codes
-        codes = self.tokenizer.encode(self._x_ND)
+        codes = residual_codes(self.latents(), list(self.tokenizer.codebooks))
+        moved = (codes != before).any(dim=1)
+        if not bool(moved.any()):
+            return moved
         table = codes_to_table(
             codes, list(self.space.codebook_sizes), self.space.suffix_size, "", self.table()
         )
         symbols = table_symbols(table).to(before.device) - self.starts
         self.codes, self.suffix = symbols[:, :-1], symbols[:, -1]
-        return (codes != before).any(dim=1)
+        return moved
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what joint training moves: the codebooks, and the encoder unless it is frozen."""

@@ -22,17 +22,20 @@ from components.recommenders.build import build_recommender, check_paths
 from components.seams import Quantized, SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
+from components.tokenizers.quantize import residual_codes
 from components.tokenizers.sources import LiveSids, Paths
-from components.training.loop import Log, State, cosine, fit
+from components.training.loop import Log, State, cosine, device_of, fit
 from components.training.recommender import (
     RecommenderStage,
     Validator,
     check_items,
-    device_of,
     epoch_batches,
     step_names,
     steps_an_epoch,
 )
+
+STRAY = 0.01
+"""Share of items that may differ from their nearest codes at the start: ties fall otherwise on other machines."""
 
 
 class PathsConfig(Config):
@@ -58,7 +61,7 @@ class JointStage(Config):
     residual: Literal["sampled", "table"] = "sampled"
     """Which code a level's residual subtracts: the one drawn now, or the one of the table."""
     top_probability: float = Field(0.5, gt=0, lt=1)
-    """Sets the logit scale of each level: the mean probability of an item's best code. With noise 1 and tau 1
+    """Sets the logit scale of each level: the mean probability of an item's best code at tau 1. With noise 1
     this is also how often a drawn code equals the nearest one."""
     tokenizer_lr: float = Field(1e-4, gt=0)
     """Learning rate of the codebooks (and encoder); 1e-3 collapses the deeper levels within a dozen epochs."""
@@ -69,13 +72,15 @@ class JointStage(Config):
     codebook_weight: float = Field(1.0, ge=0)
     """Weight of the term that pulls codewords to their items."""
     commitment_weight: float = Field(0.25, ge=0)
-    """Weight of the term that pulls latents to their codewords."""
+    """Weight of the term that pulls latents to their codewords; with a frozen encoder it moves the codewords of
+    earlier levels only."""
     latent_reconstruction_weight: float = Field(1.0, ge=0)
     """Weight of the squared error of the quantised latents."""
     train_encoder: bool = False
     """Train the encoder too; frozen, its latents are computed once."""
     refresh_every: int = Field(1, ge=1)
-    """Epochs between two refreshes of the SID table from the current codebooks."""
+    """Epochs between two refreshes of the SID table from the current codebooks; divides ``validate_every`` and
+    ``epochs`` of the recommender's loop, so that a table is validated with the codebooks that made it."""
 
 
 class JointConfig(Config):
@@ -90,6 +95,16 @@ class JointConfig(Config):
     def _paths_fit(self) -> Self:
         paths = self.joint.paths
         check_paths(self.recommender.model, history=paths.history, teacher_forcing=paths.teacher_forcing)
+        return self
+
+    @model_validator(mode="after")
+    def _refresh_fits(self) -> Self:
+        every, loop = self.joint.refresh_every, self.recommender.loop
+        if loop.validate_every % every or loop.epochs % every:
+            raise ValueError(
+                f"refresh_every {every} must divide validate_every {loop.validate_every} and epochs {loop.epochs}: "
+                "else tokenizer and table of a validated epoch do not belong together"
+            )
         return self
 
 
@@ -115,7 +130,8 @@ def train_jointly(
 
     The recommender reads and writes the codes of the table. The gradient reaches the codebooks through the
     soft assignment of the same items, on the paths that are switched on. The table follows the codebooks
-    after each epoch; an item that keeps its codes keeps its suffix.
+    after each epoch; an item that keeps its codes keeps its suffix. The tokenizer's own losses run over the
+    batch's unique items, each once; the authors' release takes them over the targets, repeats counted.
 
     Parameters
     ----------
@@ -141,7 +157,7 @@ def train_jointly(
     Raises
     ------
     ArtifactError
-        Embeddings, tokenizer, table and split do not belong together.
+        Embeddings, tokenizer, table and split do not belong together, or the table does not hold nearest codes.
     ValueError
         A bucket outgrew ``suffix_size``.
 
@@ -157,8 +173,8 @@ def train_jointly(
         )
     stage, joint = config.recommender, config.joint
     device = device_of(stage.device)
+    module = load_tokenizer(tokenizer)  # before seeding: the recommender then starts as in the two-stage run
     generator = seed_everything(stage.seed)
-    module = load_tokenizer(tokenizer)
     live = LiveSids(
         module,
         embeddings.matrix,
@@ -168,8 +184,9 @@ def train_jointly(
         residual=joint.residual,
         top_probability=joint.top_probability,
         train_encoder=joint.train_encoder,
-        generator=generator,
+        generator=torch.Generator().manual_seed(stage.seed),
     ).to(device)
+    check_nearest(live)
     recommender = build_recommender(stage.model, live.space).to(device)
     optimizer = torch.optim.AdamW(
         [
@@ -216,7 +233,7 @@ def train_jointly(
         return epoch(number)
 
     def validate(number: int) -> Mapping[str, float]:
-        moved = live.refresh() if number % joint.refresh_every == 0 else torch.zeros(1)
+        moved = live.refresh()
         return {
             **validator(recommender, live.symbols),
             "sids/churn": float(moved.float().mean()),
@@ -270,6 +287,17 @@ def train_jointly(
             provenance=provenance,
         ),
     )
+
+
+def check_nearest(live: LiveSids) -> None:
+    """Refuse a table of other than nearest codes: the first refresh would replace it without a word."""
+    nearest = residual_codes(live.latents(), list(live.tokenizer.codebooks))
+    differs = float((nearest != live.codes).any(dim=1).float().mean())
+    if differs > STRAY:
+        raise ArtifactError(
+            f"{differs:.0%} of the items do not have their nearest codes in the SidTable; joint training refreshes "
+            "the table to nearest codes, so start from a table made with sids.assignment=nearest"
+        )
 
 
 def agreements(quantized: Quantized, table_UL: Tensor) -> dict[str, Tensor]:

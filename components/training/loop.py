@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from components.config import Config
 Batch = TypeVar("Batch")
 Log = Callable[[int, Mapping[str, float]], None]
 State = dict[str, Any]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class LoopConfig(Config):
@@ -30,7 +31,7 @@ class LoopConfig(Config):
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest gradient norm of each module; null: no clipping."""
     log_every: int = Field(50, ge=1)
-    """Steps between two logged losses."""
+    """Steps between two logged losses, which are means since the last; an epoch's remainder is logged at its end."""
 
 
 class FitResult(NamedTuple):
@@ -44,6 +45,13 @@ class FitResult(NamedTuple):
     """Steps taken when ``best`` was taken."""
     metrics: dict[str, float]
     """Validation figures of ``best``."""
+
+
+def device_of(choice: Device) -> torch.device:
+    """Return the device that a configuration asks for; ``auto`` is a GPU where there is one."""
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(choice)
 
 
 def cosine(optimizer: Optimizer, warmup: int, total: int) -> LambdaLR:
@@ -129,6 +137,8 @@ def fit(
             since_epoch.add({"loss": losses["loss"]})
             if steps % config.log_every == 0:
                 log(steps, {f"train/{name}": value for name, value in since_log.take(steps).items()})
+        if steps % config.log_every:  # what is left of the epoch: short runs have curves too
+            log(steps, {f"train/{name}": value for name, value in since_log.take(steps).items()})
         epoch += 1
         if epoch % config.validate_every and epoch < config.epochs:
             continue
@@ -199,6 +209,7 @@ def _snapshot(
         "schedule": schedule.state_dict(),
         "generator": generator.get_state(),
         "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -215,4 +226,6 @@ def _restore(
     schedule.load_state_dict(state["schedule"])
     generator.set_state(state["generator"])
     torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     return state["epoch"], state["steps"], state["waited"], FitResult(**state["best"])

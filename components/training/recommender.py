@@ -1,7 +1,6 @@
 """Train a recommender on frozen SIDs: the second of the two usual stages."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
 
 import polars as pl
 import torch
@@ -25,7 +24,7 @@ from components.recommenders.tiger import Tiger
 from components.seams import Recommender, SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.sources import FrozenSids
-from components.training.loop import Log, LoopConfig, State, cosine, fit
+from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
 
 
 class OptimConfig(Config):
@@ -65,15 +64,8 @@ class RecommenderStage(Config):
     """How the best epoch is found."""
     seed: int = 0
     """Seed of initial weights, batches and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to train; ``auto`` takes a GPU if there is one."""
-
-
-def device_of(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Return the device that a configuration asks for."""
-    if choice == "auto":
-        choice = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(choice)
 
 
 def epoch_batches(

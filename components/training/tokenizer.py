@@ -14,7 +14,7 @@ from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkp
 from components.tokenizers.quantize import reconstruct
 from components.tokenizers.rkmeans import RkMeans
 from components.tokenizers.rqvae import RqVae, RqVaeConfig
-from components.training.loop import Log, LoopConfig, State, cosine, fit
+from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
 
 NOT_ELIGIBLE = 100.0
 """Taken off the score of early epochs; eligible ones score at least -1 for collisions, about -1 otherwise."""
@@ -39,8 +39,8 @@ class TokenizerStage(Config):
     """Of the validated epochs that are eligible, the one with the lowest such figure is kept."""
     keep_from: float = Field(0.5, gt=0, le=1)
     """Share of the epochs before one is eligible: codes of a raw encoder collide least, and say least."""
-    device: str = "cpu"
-    """Where to train, as torch names it."""
+    device: Device = "auto"
+    """Where to train; ``auto`` takes a GPU if there is one."""
     seed: int = 0
     """Seeds weights, batches, k-means and revivals."""
 
@@ -81,15 +81,16 @@ def train_tokenizer(
         The loss is no longer finite.
     """
     generator = seed_everything(config.seed)
-    x_ND = embeddings.matrix.to(config.device)
+    device = device_of(config.device)
+    x_ND = embeddings.matrix.to(device)
     tokenizer = build_tokenizer(config.model, x_ND.shape[1])
     steps = 0
     match tokenizer:
         case RkMeans():
-            tokenizer.to(config.device).fit(x_ND, config.seed)
+            tokenizer.to(device).fit(x_ND, config.seed)
         case RqVae():
             tokenizer.draw_weights(generator)
-            steps = _descend(tokenizer.to(config.device), x_ND, config, generator, log, save, resume)
+            steps = _descend(tokenizer.to(device), x_ND, config, generator, log, save, resume)
             tokenizer.fold_scale(x_ND)
     metrics = describe_fit(tokenizer.eval(), x_ND)
     log(steps, metrics)
@@ -100,7 +101,7 @@ def train_tokenizer(
         metrics=metrics,
         provenance=Provenance(
             config=config.model_dump(mode="json"),
-            parents={"embeddings": embeddings.fingerprint},
+            parents={"ContentEmbeddings": embeddings.fingerprint},
             seed=config.seed,
         ),
     )

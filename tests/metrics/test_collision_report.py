@@ -174,6 +174,12 @@ def test_the_gate_names_collision_rate_and_largest_group() -> None:
     gate(report, CollisionConfig(max_collision_rate=1, max_group_share=1))
 
 
+def test_a_pair_in_a_catalogue_of_four_is_no_collapse() -> None:
+    report = analyze(_table([(0, 1), (0, 1), (1, 0), (1, 1)], [2, 2]), None, CONFIG)
+    assert report.figures["largest_group"] == 2 and report.verdict != "collapsed"
+    gate(report, CONFIG)
+
+
 def test_one_code_of_a_small_codebook_is_collapse_too() -> None:
     """Perplexity 1 of 4 codes is a quarter of the codebook and yet nothing but collapse."""
     codes = [(0, b) for _, b in _spread(100, [4, 64])]

@@ -148,6 +148,18 @@ def test_the_table_fits_100_columns_and_shows_every_value(two: list[EvaluationRe
         assert short(value) in page.getvalue()
 
 
+@pytest.mark.parametrize("width", [100, 80])
+def test_nothing_is_cut_off_where_the_table_has_little_room(width: int) -> None:
+    """Intervals of full width, in the terminal that people get without asking: 80 columns."""
+    sure = {method: np.ones(USERS, int) for method in ("popularity", "itemknn", "two-stage", "joint")}
+    page = StringIO()
+    Console(file=page, width=width).print(table(compare([_report(sure)], CONFIG)))
+    lines = page.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    for method in sure:
+        assert [line.split()[1] for line in lines if line.split()[:1] == [method]] == ["kept", "excluded"]
+
+
 def test_the_best_of_each_block_is_marked_in_html_and_names_are_escaped() -> None:
     page = html_table(compare([_report(BASE | {"<b>": PLAIN})], CONFIG))
     assert page.count("color:#00684a") >= 8

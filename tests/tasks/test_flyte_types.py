@@ -185,9 +185,6 @@ def test_a_section_of_the_settings_reaches_its_stage():
     assert configured(config=Settings(loop=Loop(epochs=7))) == 7
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The '__version__' attribute is deprecated:DeprecationWarning"
-)  # rich-click
 def test_help_shows_what_a_setting_means_and_no_schema(tmp_path, monkeypatch):
     script = tmp_path / "flow.py"
     script.write_text(

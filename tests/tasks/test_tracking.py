@@ -157,7 +157,8 @@ def test_figures_are_kept(client):
 
 
 @pytest.mark.parametrize(
-    ("raised", "status"), [(ValueError("too few items"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+    ("raised", "status"),
+    [(ValueError("too few items"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(1), "KILLED")],
 )
 def test_a_broken_stage_closes_itself_and_its_pipeline(client, raised, status):
     parent = start_pipeline("joint", "beauty", Settings())

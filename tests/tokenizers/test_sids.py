@@ -150,6 +150,16 @@ def test_assign_writes_the_nearest_codes(checkpoint: TokenizerCheckpoint) -> Non
     assert assign(checkpoint, embeddings_of(vectors()), SidConfig()).fingerprint == table.fingerprint
 
 
+def test_assign_notes_settings_and_parents(checkpoint: TokenizerCheckpoint) -> None:
+    embeddings, config = embeddings_of(vectors()), SidConfig(suffix_size=99)
+    first = assign(checkpoint, embeddings, config)
+    parents = {"TokenizerCheckpoint": checkpoint.fingerprint, "ContentEmbeddings": embeddings.fingerprint}
+    assert dict(first.provenance.config) == config.model_dump(mode="json")
+    assert first.provenance.parents == parents
+    again = assign(checkpoint, embeddings, config, previous=first)
+    assert again.provenance.parents == parents | {"SidTable": first.fingerprint}
+
+
 def test_assign_balances_all_items_together(checkpoint: TokenizerCheckpoint) -> None:
     nearest = assign(checkpoint, embeddings_of(vectors()), SidConfig())
     balanced = assign(checkpoint, embeddings_of(vectors()), SidConfig(assignment="sinkhorn"))

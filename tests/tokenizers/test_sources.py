@@ -81,7 +81,7 @@ def test_agreement_of_drawn_and_nearest_codes_is_the_top_probability(tiny) -> No
 def test_logit_scales_give_the_wanted_top_probability(tiny, wanted: float) -> None:
     tokenizer = load_tokenizer(tiny.tokenizer)
     z = tokenizer.latents(tiny.embeddings.matrix)
-    scales = logit_scales(z, list(tokenizer.codebooks), 1.0, wanted)
+    scales = logit_scales(z, list(tokenizer.codebooks), wanted)
     quantized = explore(z, list(tokenizer.codebooks), scales, build_exploration(SteConfig()), _generator())
     for soft in quantized.probabilities:
         assert abs(soft.amax(-1).mean().item() - wanted) < 1e-3
@@ -90,7 +90,30 @@ def test_logit_scales_give_the_wanted_top_probability(tiny, wanted: float) -> No
 def test_impossible_top_probability_is_refused(tiny) -> None:
     tokenizer = load_tokenizer(tiny.tokenizer)
     with pytest.raises(ValueError, match=r"between 1/8 \(level 1\) and 1, got 0.1"):
-        logit_scales(tokenizer.latents(tiny.embeddings.matrix), list(tokenizer.codebooks), 1.0, 0.1)
+        logit_scales(tokenizer.latents(tiny.embeddings.matrix), list(tokenizer.codebooks), 0.1)
+
+
+def test_codewords_that_coincide_are_refused_where_no_scale_can_help(tiny) -> None:
+    tokenizer = load_tokenizer(tiny.tokenizer)
+    with torch.no_grad():
+        tokenizer.codebooks[1][:] = tokenizer.codebooks[1][0]
+    with pytest.raises(ValueError, match=r"level 2: no logit scale gives top_probability 0.5, .* 0\.125"):
+        logit_scales(tokenizer.latents(tiny.embeddings.matrix), list(tokenizer.codebooks), 0.5)
+
+
+def test_tau_flattens_the_soft_assignment_and_leaves_the_draw_alone(tiny) -> None:
+    items = torch.arange(tiny.sids.num_items)
+    sharp, flat = (_live(tiny, GumbelConfig(tau=tau)).assign(items)[1] for tau in (1.0, 4.0))
+    assert torch.equal(sharp.codes[:, 0], flat.codes[:, 0])
+    assert flat.probabilities[0].amax(-1).mean() < 0.8 * sharp.probabilities[0].amax(-1).mean()
+
+
+def test_evaluation_draws_no_noise(tiny) -> None:
+    live = _live(tiny, GumbelConfig(noise=3.0)).eval()
+    state = live.generator.get_state()
+    _, quantized = live.assign(torch.arange(tiny.sids.num_items))
+    assert torch.equal(quantized.codes, live.codes)
+    assert torch.equal(live.generator.get_state(), state)
 
 
 @pytest.mark.parametrize(

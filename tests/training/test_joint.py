@@ -13,7 +13,7 @@ from components.recommenders.causal import CausalConfig
 from components.recommenders.decoding import rank_rows
 from components.recommenders.tiger import TigerConfig
 from components.tokenizers.build import load_tokenizer
-from components.tokenizers.sids import table_symbols
+from components.tokenizers.sids import SidConfig, assign, table_symbols
 from components.training.joint import JointConfig, JointStage, PathsConfig, train_jointly
 from components.training.loop import LoopConfig
 from components.training.recommender import OptimConfig, RecommenderStage, train_recommender
@@ -165,6 +165,19 @@ def test_paths_that_a_recommender_cannot_split_are_refused_in_the_config() -> No
         JointConfig(recommender=STAGE, joint=JointStage(paths=paths))
 
 
+def test_a_table_that_the_first_refresh_would_replace_is_refused(tiny) -> None:
+    balanced = assign(tiny.tokenizer, tiny.embeddings, SidConfig(assignment="sinkhorn", suffix_size=64))
+    with pytest.raises(ArtifactError, match="% of the items do not have their nearest codes"):
+        train_jointly(
+            tiny.split, tiny.embeddings, tiny.tokenizer, balanced, JointConfig(recommender=STAGE), _ignore
+        )
+
+
+def test_a_table_is_never_validated_without_the_codebooks_that_made_it() -> None:
+    with pytest.raises(ValueError, match="refresh_every 2 must divide validate_every 1 and epochs 2"):
+        JointConfig(recommender=STAGE, joint=JointStage(refresh_every=2))
+
+
 def test_artefacts_of_different_runs_are_refused(tiny, joint) -> None:
     with pytest.raises(ArtifactError, match="take the three of one run"):
         train_jointly(
@@ -176,3 +189,35 @@ def test_artefacts_of_different_runs_are_refused(tiny, joint) -> None:
     )
     with pytest.raises(ArtifactError, match="names 120 items, the SequenceSplit has 121"):
         train_recommender(fewer, tiny.sids, STAGE, _ignore)
+
+
+def test_joint_without_gradient_is_the_two_stage_run_bit_for_bit(tiny) -> None:
+    """Same seed, same start, same batches: what a pair of arms differs by is the method alone."""
+    stage = JointStage(
+        exploration=HardConfig(), codebook_weight=0, commitment_weight=0, latent_reconstruction_weight=0
+    )
+    frozen = train_recommender(tiny.split, tiny.sids, STAGE, _ignore)
+    config = JointConfig(recommender=STAGE, joint=stage)
+    joint = train_jointly(tiny.split, tiny.embeddings, tiny.tokenizer, tiny.sids, config, _ignore)
+    assert frozen.weights.keys() == joint.recommender.weights.keys()
+    for name, value in frozen.weights.items():
+        assert torch.equal(value, joint.recommender.weights[name]), name
+
+
+def test_noise_does_not_change_the_batches(tiny) -> None:
+    """The stream of the batches is not the stream of the noise: arms see the same batches in the same order."""
+    seen = []
+    for exploration in (HardConfig(), GumbelConfig()):
+        states: list = []
+        config = JointConfig(recommender=STAGE, joint=JointStage(exploration=exploration))
+        train_jointly(
+            tiny.split, tiny.embeddings, tiny.tokenizer, tiny.sids, config, _ignore, save=states.append
+        )
+        seen.append([state["generator"] for state in states])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_an_encoder_that_is_not_there_cannot_be_trained(tiny) -> None:
+    config = JointConfig(recommender=STAGE, joint=JointStage(train_encoder=True))
+    with pytest.raises(ValueError, match="this tokenizer has no encoder: take rqvae, or unset it"):
+        train_jointly(tiny.split, tiny.embeddings, tiny.tokenizer, tiny.sids, config, _ignore)

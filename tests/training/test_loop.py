@@ -55,12 +55,35 @@ def test_resuming_repeats_an_unbroken_run() -> None:
     assert (result.epoch, result.step) == (6, 24)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_resuming_restores_the_stream_that_dropout_draws_from_on_a_gpu() -> None:
+    states: list = []
+    _run(LoopConfig(epochs=1), float, save=states.append)
+    after = torch.cuda.get_rng_state()
+    torch.rand(10, device="cuda")
+    _run(LoopConfig(epochs=1), float, resume=states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), after)
+
+
 def test_a_finished_run_resumes_to_its_result() -> None:
     states = []
     first = _run(LoopConfig(epochs=2), float, save=states.append)
     again = _run(LoopConfig(epochs=2), float, resume=states[-1])
     assert again.step == first.step
     assert torch.equal(again.best["model"]["0.weight"], first.best["model"]["0.weight"])
+
+
+def test_every_step_is_in_a_logged_mean_even_where_epochs_are_shorter_than_the_interval() -> None:
+    logged: dict[int, list[int]] = {}
+    for every in (1, 3, 50):
+        steps: list[int] = []
+        _run(
+            LoopConfig(epochs=2, log_every=every),
+            float,
+            log=lambda step, values, steps=steps: steps.append(step) if "train/loss" in values else None,
+        )
+        logged[every] = steps
+    assert logged == {1: [*range(1, 9)], 3: [3, 4, 6, 8], 50: [4, 8]}
 
 
 def test_patience_stops_and_the_best_epoch_is_kept() -> None:

@@ -307,9 +307,6 @@ def test_a_stage_runs_alone_in_its_own_process(first, data, recipe):
     assert [(run.info.run_name, run.info.status) for run in alone] == [("fit_recommender", "FINISHED")]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The '__version__' attribute is deprecated:DeprecationWarning"
-)  # rich-click
 def test_a_folder_of_another_kind_is_refused_with_both_named(first, data, recipe, monkeypatch):
     from flytekit.clis.sdk_in_container.pyflyte import main as pyflyte
 
@@ -319,6 +316,22 @@ def test_a_folder_of_another_kind_is_refused_with_both_named(first, data, recipe
     refused = CliRunner().invoke(pyflyte, [*stage, *folders])
     shown = " ".join(refused.output.replace("│", " ").split())
     assert refused.exit_code != 0 and "holds a SidTable, a SequenceSplit is wanted here" in shown
+
+
+def test_a_list_of_folders_is_taken_from_the_command_line(first, data, monkeypatch):
+    from flytekit.clis.sdk_in_container.pyflyte import main as pyflyte
+
+    monkeypatch.chdir(ROOT)
+    folder = next(
+        str(path)
+        for path in (data / "artifacts" / "EvaluationReport").iterdir()
+        if "joint" in set(EvaluationReport.load(path).ranks["method"])
+    )
+    config = '{"resamples": 100}'
+    stage = ["run", "tasks/evaluation.py", "compare_reports", "--config", config]
+    done = CliRunner().invoke(pyflyte, [*stage, "--reports", json.dumps([folder])])
+    assert done.exit_code == 0, done.output
+    assert "Comparison(fingerprint=" in done.output
 
 
 def test_reports_of_earlier_runs_are_compared_by_hand(first, data):
