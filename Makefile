@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 PRESET ?= quickstart
 SET ?=
 PORT ?= 5000
+SECTION ?=
 # The first interpreter that answers with a version sidflow supports.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -18,11 +19,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,flyte,dev]'
 	@touch $(STAMP)
 
-.PHONY: install run test check format ui bench clean help
+.PHONY: install keys run test check format ui bench clean help
 install: $(STAMP) ## create .venv with the pinned dependencies
 
+keys: $(STAMP) ## explain every setting with its default (SECTION=joint)
+	@$(BIN)/python -m workflows.resolve --keys $(SECTION)
+
 run: $(STAMP) ## train, compare and report on the shipped sample (PRESET=quickstart, SET="recommender.loop.epochs=2")
-	@mkdir -p .sidflow && $(BIN)/python -m workflows.resolve $(PRESET) $(SET) > .sidflow/config.yaml
+	@mkdir -p .sidflow && $(BIN)/python -m workflows.resolve $(PRESET) $(SET) > .sidflow/config.draft \
+		&& mv .sidflow/config.draft .sidflow/config.yaml
 	@$(BIN)/pyflyte run workflows/joint.py joint --config .sidflow/config.yaml
 
 test: $(STAMP) ## run the default test suite

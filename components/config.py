@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -100,13 +100,35 @@ def load_preset(model: type[C], preset: str | Path, overrides: Sequence[str] = (
         raise ValueError(f"{path}: settings that do not fit {model.__name__}:\n{rules}") from error
 
 
-def describe(model: type[Config], indent: str = "") -> str:
-    """List a configuration's keys with their defaults and meanings, a line each, for ``--help``."""
+def describe(model: type[Config], prefix: str = "") -> list[str]:
+    """List every key below a configuration, dotted, with its default and its meaning, a line each.
+
+    Where a section is chosen by ``kind``, the keys of each kind follow with the kind in brackets.
+    """
     lines = []
     for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else f"= {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"{indent}{name} {default}: {field.description or ''}".rstrip(": "))
-    return "\n".join(lines)
+        if name == "kind":  # stands in the brackets already
+            continue
+        inner = [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, Config)]
+        meaning = " ".join((field.description or "").split())
+        if not inner:
+            default = (
+                "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            )
+            lines.append(f"{prefix}{name} = {default}: {meaning}".rstrip(": "))
+            continue
+        lines.append(f"{prefix}{name}: {meaning}".rstrip(": "))
+        for member in inner:
+            kind = member.model_fields.get("kind")
+            mark = f"{prefix}{name}[{kind.default}]." if kind is not None else f"{prefix}{name}."
+            lines += describe(member, mark)
+    return lines
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Return the types that an annotation allows."""
+    parts = get_args(annotation)
+    return [m for part in parts for m in _members(part)] if parts else [annotation]
 
 
 def require(condition: bool, message: str) -> None:

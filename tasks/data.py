@@ -46,7 +46,7 @@ def ingest(config: IngestConfig, run_id: str = "") -> Ingested:
     """Read raw files: dense ids, k-core, time order. Not cached: files may change under the same name.
 
     Args:
-        config: Source and rules, a YAML file or JSON. Keys: section ingest of workflows/presets/quickstart.yaml.
+        config: Source and rules, a YAML file or JSON. Keys: make keys SECTION=ingest.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("ingest", config, run_id) as run:
@@ -71,7 +71,7 @@ def split(
     Args:
         log: Folder of an InteractionLog.
         catalog: Folder of the ItemCatalog that was made with it.
-        config: Protocol, a YAML file or JSON. Keys: section split of workflows/presets/quickstart.yaml.
+        config: Protocol, a YAML file or JSON. Keys: make keys SECTION=split.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("split", config, run_id, [log, catalog]) as run:
@@ -90,7 +90,7 @@ def fit_encoder(
 
     Args:
         catalog: Folder of an ItemCatalog.
-        config: Encoder, a YAML file or JSON. Keys: section embedding of workflows/presets/quickstart.yaml.
+        config: Encoder, a YAML file or JSON. Keys: make keys SECTION=embedding.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("fit_encoder", config, run_id, [catalog]) as run:
@@ -126,7 +126,7 @@ def embed_shard(
         config: Settings of the embedding, a YAML file or JSON.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
-    with tracked(f"embed_shard {shard}", None, run_id, [encoder, catalog]) as run:
+    with tracked(f"embed_shard {shard}", config, run_id, [encoder, catalog]) as run:
         part = embeddings.encode_shard(encoder, catalog, shard, config.shards)
         run.output(part)
         return part

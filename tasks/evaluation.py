@@ -57,7 +57,7 @@ def evaluate_baselines(
 
     Args:
         split: Folder of a SequenceSplit.
-        config: Settings, a YAML file or JSON. Keys: section evaluate of workflows/presets/quickstart.yaml.
+        config: Settings, a YAML file or JSON. Keys: make keys SECTION=evaluate.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("evaluate_baselines", config, run_id, [split]) as run:
@@ -85,7 +85,7 @@ def evaluate_recommender(
         sids: Folder of the SidTable that it was trained with.
         split: Folder of the SequenceSplit.
         baselines: Folder of the EvaluationReport of the baselines, made with the same settings.
-        config: Settings, a YAML file or JSON. Keys: section evaluate of workflows/presets/quickstart.yaml.
+        config: Settings, a YAML file or JSON. Keys: make keys SECTION=evaluate.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked(
@@ -116,7 +116,7 @@ def compare_reports(
 
     Args:
         reports: Folders of EvaluationReports of one split, the plainer method first.
-        config: Settings, a YAML file or JSON. Keys: section compare of workflows/presets/quickstart.yaml.
+        config: Settings, a YAML file or JSON. Keys: make keys SECTION=compare.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("compare_reports", config, run_id, reports) as run:

@@ -6,6 +6,7 @@ points to a temporary file.
 """
 
 import html
+import os
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_args, get_origin
 
@@ -47,6 +48,7 @@ def keep(artifact: Artifact) -> Path:
         except ArtifactError:  # another process saved the same content a moment earlier
             if read_manifest(folder)["fingerprint"] != artifact.fingerprint:
                 raise
+    os.utime(folder)  # made again: newest first is a useful order for people
     return folder
 
 

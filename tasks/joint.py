@@ -44,10 +44,8 @@ def fit_jointly(
         embeddings: Folder of the ContentEmbeddings.
         tokenizer: Folder of the TokenizerCheckpoint to start from.
         sids: Folder of the SidTable of that tokenizer.
-        recipe: Recommender and its training, a YAML file or JSON. Keys: section recommender of
-            workflows/presets/quickstart.yaml.
-        config: What joint training adds, a YAML file or JSON. Keys: section joint of
-            workflows/presets/quickstart.yaml.
+        recipe: Recommender and its training, a YAML file or JSON. Keys: make keys SECTION=recommender.
+        config: What joint training adds, a YAML file or JSON. Keys: make keys SECTION=joint.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     both = JointConfig(recommender=recipe, joint=config)

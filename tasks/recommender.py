@@ -24,7 +24,7 @@ def fit_recommender(
     Args:
         split: Folder of a SequenceSplit.
         sids: Folder of the SidTable that names its items.
-        config: Recipe, a YAML file or JSON. Keys: section recommender of workflows/presets/quickstart.yaml.
+        config: Recipe, a YAML file or JSON. Keys: make keys SECTION=recommender.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("fit_recommender", config, run_id, [split, sids]) as run:

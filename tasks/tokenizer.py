@@ -33,7 +33,7 @@ def fit_tokenizer(
 
     Args:
         embeddings: Folder of ContentEmbeddings.
-        config: Recipe, a YAML file or JSON. Keys: section tokenizer of workflows/presets/quickstart.yaml.
+        config: Recipe, a YAML file or JSON. Keys: make keys SECTION=tokenizer.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("fit_tokenizer", config, run_id, [embeddings]) as run:
@@ -55,7 +55,7 @@ def assign_sids(
     Args:
         tokenizer: Folder of a TokenizerCheckpoint.
         embeddings: Folder of the ContentEmbeddings to name.
-        config: Rules, a YAML file or JSON. Keys: section sids of workflows/presets/quickstart.yaml.
+        config: Rules, a YAML file or JSON. Keys: make keys SECTION=sids.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked("assign_sids", config, run_id, [tokenizer, embeddings]) as run:
@@ -82,7 +82,7 @@ def analyze_collisions(
         catalog: Folder of the ItemCatalog.
         embeddings: Folder of the ContentEmbeddings.
         log: Folder of the InteractionLog.
-        config: Thresholds, a YAML file or JSON. Keys: section collisions of workflows/presets/quickstart.yaml.
+        config: Thresholds, a YAML file or JSON. Keys: make keys SECTION=collisions.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     with tracked(f"analyze_collisions {name}", config, run_id, [sids, catalog, embeddings, log]) as run:

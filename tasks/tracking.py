@@ -202,6 +202,7 @@ class StageRun:
         _set_tags(self.client, self.run_id, _kinds("output", artifacts))
         for artifact in artifacts:
             self.client.log_dict(self.run_id, artifact.manifest, f"artifacts/{artifact.kind()}.json")
+            self.say(f"{artifact.kind()} {artifact.fingerprint[:16]}")
 
 
 @contextmanager
@@ -272,6 +273,8 @@ def _close_broken(run: StageRun, pipeline: str, error: BaseException) -> None:
     # Flytekit turns Ctrl-C into an exit.
     status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
     stage, text = run.stage, f"{type(error).__name__}: {error}"
+    if status == "KILLED":
+        run.say("interrupted; finished stages are cached, run again to go on")
     try:
         for run_id in filter(None, (run.run_id, pipeline)):
             _close(run.client, run_id, status, stage, text)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.config import PRESETS, load_preset
+from components.config import PRESETS, describe, load_preset
 from workflows.config import PipelineConfig
+from workflows.resolve import main
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -86,3 +87,20 @@ def test_a_resolved_config_resolves_to_itself() -> None:
         PipelineConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
         == config
     )
+
+
+def test_every_key_of_the_pipeline_is_explained() -> None:
+    lines = describe(PipelineConfig)
+    assert [line for line in lines if ": " not in line and not line.endswith(":")] == []
+    assert "joint.tokenizer_lr = 0.0001: " in "\n".join(lines)
+    assert any(line.startswith("ingest.source[tabular].columns") for line in lines)
+
+
+def test_the_command_resolves_explains_and_refuses(capsys) -> None:
+    assert main(["quickstart", "recommender.loop.epochs=2"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["recommender"]["loop"]["epochs"] == 2
+    assert main(["--keys", "split"]) == 0
+    assert all(line.startswith("split") for line in capsys.readouterr().out.splitlines())
+    assert main([]) == 2
+    assert main(["quickstart", "recommender.loop.epoch=2"]) == 2
+    assert "recommender.loop.epoch: Extra inputs are not permitted" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from components.artifacts import SidTable
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDED = ("components", "tasks", "workflows", "pyproject.toml")
@@ -38,23 +40,22 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_csv_example_runs_as_written(checkout: Path, empty_store: Path, tmp_path: Path) -> None:
-    blocks = BLOCK.findall(section("Your own data"))
-    assert len(blocks) == 1 and ".venv/bin/pyflyte" in blocks[0]
-    script = blocks[0].replace(".venv/bin/", f"{Path(sys.executable).parent}/")
-    home = tmp_path / "home"
-    home.mkdir()
-    shutil.copy(empty_store, home / "mlflow.db")
+def run_block(title: str, checkout: Path, empty_store: Path) -> tuple[str, Path]:
+    """Run the one bash block of a section as written; return what it printed and the local store."""
+    (block,) = BLOCK.findall(section(title))
+    assert ".venv/bin/pyflyte" in block
+    store = checkout / ".sidflow"
+    store.mkdir()
+    shutil.copy(empty_store, store / "mlflow.db")
     private = {
-        "HOME": str(tmp_path),
-        "TMPDIR": str(tmp_path),
-        "SIDFLOW_HOME": str(home),
+        "HOME": str(checkout),
+        "TMPDIR": str(checkout),
         "PYTHONPATH": str(checkout),
         "OMP_NUM_THREADS": "1",
     }
-    kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    kept = {n: v for n, v in os.environ.items() if n not in ("MLFLOW_TRACKING_URI", "SIDFLOW_HOME")}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
+        ["bash", "-euo", "pipefail", "-c", block.replace(".venv/bin/", f"{Path(sys.executable).parent}/")],
         cwd=checkout,
         env=kept | private,
         capture_output=True,
@@ -62,11 +63,23 @@ def test_the_csv_example_runs_as_written(checkout: Path, empty_store: Path, tmp_
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    rows = [line.split()[:2] for line in done.stdout.splitlines()]
+    return done.stdout, store
+
+
+def test_the_csv_example_runs_as_written(checkout: Path, empty_store: Path) -> None:
+    printed, store = run_block("Your own data", checkout, empty_store)
+    rows = [line.split()[:2] for line in printed.splitlines()]
     for method in ("popularity", "itemknn", "two-stage", "joint"):
-        assert [method, "kept"] in rows and [method, "excluded"] in rows, done.stdout[-4000:]
-    assert "Open the runs in a browser: make ui" in done.stdout
-    assert any((home / "artifacts" / "Bundle").iterdir())
+        assert [method, "kept"] in rows and [method, "excluded"] in rows, printed[-4000:]
+    assert "Open the runs in a browser: make ui" in printed
+    assert any((store / "artifacts" / "Bundle").iterdir())
+
+
+def test_stages_rerun_on_new_data_as_written(checkout: Path, empty_store: Path) -> None:
+    printed, store = run_block("Rerun one stage", checkout, empty_store)
+    (folder,) = (store / "artifacts" / "SidTable").iterdir()
+    assert SidTable.load(folder).num_items == 2414
+    assert f"SidTable {folder.name}" in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

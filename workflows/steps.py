@@ -1,22 +1,14 @@
 """The steps that both workflows take, wired once. These functions build nodes; they are no tasks."""
 
-from functools import partial
 from typing import NamedTuple
 
-from flytekit import map_task
 from flytekit.core.promise import Promise
 
-from tasks.data import (
-    assemble_embeddings,
-    embed_shard,
-    fit_encoder,
-    ingest,
-    plan_shards,
-    split,
-)
+from tasks.data import ingest, split
 from tasks.evaluation import evaluate_baselines, evaluate_recommender
 from tasks.recommender import fit_recommender
 from tasks.tokenizer import analyze_collisions, assign_sids, fit_tokenizer
+from workflows.embed_items import embed_items
 
 
 class Named(NamedTuple):
@@ -36,10 +28,7 @@ def name_items(config: Promise, run_id: Promise) -> Named:
     """Read the data, embed the items, learn codebooks and give every item its SID."""
     log, catalog = ingest(config=config.ingest, run_id=run_id)
     held = split(log=log, catalog=catalog, config=config.split, run_id=run_id)
-    encoder = fit_encoder(catalog=catalog, config=config.embedding, run_id=run_id)
-    embed = partial(embed_shard, encoder=encoder, catalog=catalog, config=config.embedding, run_id=run_id)
-    shards = map_task(embed)(shard=plan_shards(config=config.embedding))
-    embeddings = assemble_embeddings(shards=shards, catalog=catalog, encoder=encoder, run_id=run_id)
+    encoder, embeddings = embed_items(catalog=catalog, config=config.embedding, run_id=run_id)
     tokenizer = fit_tokenizer(embeddings=embeddings, config=config.tokenizer, run_id=run_id)
     sids = assign_sids(tokenizer=tokenizer, embeddings=embeddings, config=config.sids, run_id=run_id)
     collisions = analyze_collisions(
