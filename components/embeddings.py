@@ -14,15 +14,9 @@ import torch
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from components.artifacts import (
-    ArtifactError,
-    ContentEmbeddings,
-    ContentEncoder,
-    EmbeddingShard,
-    ItemCatalog,
-    Provenance,
-)
+from components.artifacts import ContentEmbeddings, ContentEncoder, EmbeddingShard, ItemCatalog
 from components.config import Config
+from components.folders import ArtifactError, Provenance
 
 VOCABULARY = ContentEncoder.SCHEMAS["vocabulary"]
 TOKEN = r"(?u)\b\w+\b"

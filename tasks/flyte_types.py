@@ -20,8 +20,8 @@ from flytekit.models.types import LiteralType
 from flytekit.types.directory import FlyteDirectory
 
 from components import artifacts
-from components.artifacts import Artifact, ArtifactError, read_manifest
 from components.config import Config
+from components.folders import Artifact, ArtifactError, read_manifest
 from tasks.home import home
 from tasks.origin import commit
 

@@ -16,11 +16,11 @@ from components.artifacts import (
     Bundle,
     ContentEncoder,
     ItemCatalog,
-    Provenance,
     RecommenderCheckpoint,
     SidTable,
     TokenizerCheckpoint,
 )
+from components.folders import Provenance
 from tasks import runtime
 from tasks.flyte_types import by_content, keep
 from tasks.tracking import StageRun, fluent, tracked

@@ -21,8 +21,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from rich.console import Console
 
-from components.artifacts import Artifact
 from components.config import Config
+from components.folders import Artifact
 from components.metrics.figures import loss_curves
 from tasks.flyte_types import stored_at
 from tasks.home import home

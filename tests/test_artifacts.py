@@ -12,16 +12,15 @@ import pytest
 import torch
 
 from components.artifacts import (
-    ArtifactError,
     Bundle,
     ContentEmbeddings,
     InteractionLog,
     ItemCatalog,
-    Provenance,
     RecommenderCheckpoint,
     SidTable,
 )
 from components.embeddings import LsaConfig, fit_encoder
+from components.folders import ArtifactError, Provenance
 
 
 def _sids(codes: list[list[int]], suffix: list[int], **changes) -> SidTable:
@@ -58,7 +57,7 @@ def test_provenance_stays_out_of_the_fingerprint(tiny) -> None:
 
 def test_another_kind_is_refused_with_both_names(tiny, tmp_path: Path) -> None:
     tiny.sids.save(tmp_path / "sids")
-    with pytest.raises(ArtifactError, match="holds a SidTable, a InteractionLog is wanted here"):
+    with pytest.raises(ArtifactError, match="holds the kind SidTable, the kind InteractionLog is wanted"):
         InteractionLog.load(tmp_path / "sids")
 
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from components.artifacts import ArtifactError, ContentEmbeddings, ContentEncoder, EmbeddingShard, ItemCatalog
+from components.artifacts import ContentEmbeddings, ContentEncoder, EmbeddingShard, ItemCatalog
 from components.embeddings import (
     EncoderConfig,
     LsaConfig,
@@ -21,6 +21,7 @@ from components.embeddings import (
     encode_shard,
     fit_encoder,
 )
+from components.folders import ArtifactError
 
 COLOURS = ["red", "blue", "green", "white", "pink"]
 THINGS = ["mug", "lamp", "clock", "candle", "basket", "bunting", "teapot"]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import polars as pl
 from pydantic import Field
 
-from components.artifacts import InteractionLog, ItemCatalog, Provenance
+from components.artifacts import InteractionLog, ItemCatalog
 from components.config import Config
 from components.data.amazon import AmazonSource, read_amazon
 from components.data.interactions import (
@@ -23,6 +23,7 @@ from components.data.letter import LetterSource, read_letter
 from components.data.raw import Malformed, RawData
 from components.data.samples import SampleSource, read_sample
 from components.data.tabular import TabularSource, read_tabular
+from components.folders import Provenance
 
 Source = Annotated[SampleSource | AmazonSource | TabularSource | LetterSource, Field(discriminator="kind")]
 

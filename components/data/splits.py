@@ -5,9 +5,10 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from components.artifacts import InteractionLog, ItemCatalog, Provenance, SequenceSplit
+from components.artifacts import InteractionLog, ItemCatalog, SequenceSplit
 from components.config import Config, require
 from components.data.raw import DataError
+from components.folders import Provenance
 
 
 class SplitConfig(Config):

@@ -13,8 +13,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from components.artifacts import ArtifactError, Comparison, EvaluationReport, Provenance
+from components.artifacts import Comparison, EvaluationReport
 from components.config import Config
+from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import contributions, paired_bootstrap
 from components.metrics.report import BASELINES, SEEN
 

@@ -11,8 +11,9 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from components.artifacts import ArtifactError, EvaluationReport, Provenance, SequenceSplit
+from components.artifacts import EvaluationReport, SequenceSplit
 from components.config import Config
+from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import bootstrap, contributions, metric_names, ranks_in_lists
 from components.recommenders.full_ranking import Scorer, flatten, rank_exactly
 from components.recommenders.itemknn import ItemKnn, ItemKnnConfig

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import CollisionReport, ContentEmbeddings, ItemCatalog, Provenance, SidTable
+from components.artifacts import CollisionReport, ContentEmbeddings, ItemCatalog, SidTable
 from components.config import Config, require
+from components.folders import Provenance
 
 GROUPS = CollisionReport.SCHEMAS["groups"]
 LEVELS = CollisionReport.SCHEMAS["levels"]

@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from components.artifacts import ArtifactError, RecommenderCheckpoint, SidTable
+from components.artifacts import RecommenderCheckpoint, SidTable
+from components.folders import ArtifactError
 from components.recommenders import causal
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.tiger import Tiger, TigerConfig

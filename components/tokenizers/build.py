@@ -6,7 +6,8 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from components.artifacts import ArtifactError, Provenance, TokenizerCheckpoint
+from components.artifacts import TokenizerCheckpoint
+from components.folders import ArtifactError, Provenance
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig
 from components.tokenizers.rqvae import RqVae, RqVaeConfig
 

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import ArtifactError, ContentEmbeddings, Provenance, SidTable, TokenizerCheckpoint
+from components.artifacts import ContentEmbeddings, SidTable, TokenizerCheckpoint
 from components.config import Config
+from components.folders import ArtifactError, Provenance
 from components.seams import SymbolSpace
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.quantize import sinkhorn_codes

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.artifacts import Provenance, SidTable
+from components.artifacts import SidTable
 from components.exploration import pick
+from components.folders import Provenance
 from components.seams import BatchTokens, Exploration, ItemTokens, Quantized, SymbolSpace, Tokenizer
 from components.tokenizers.quantize import residual_codes, squared_distances, straight_through
 from components.tokenizers.sids import codes_to_table, space_of, table_symbols

@@ -8,9 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from components.artifacts import (
-    ArtifactError,
     ContentEmbeddings,
-    Provenance,
     RecommenderCheckpoint,
     SequenceSplit,
     SidTable,
@@ -18,6 +16,7 @@ from components.artifacts import (
 )
 from components.config import Config
 from components.exploration import ExplorationConfig, GumbelConfig, build_exploration
+from components.folders import ArtifactError, Provenance
 from components.recommenders.build import build_recommender, check_paths
 from components.seams import Quantized, SequenceBatch
 from components.seeding import seed_everything

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import ArtifactError, Provenance, RecommenderCheckpoint, SequenceSplit, SidTable
+from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable
 from components.config import Config
 from components.data.batches import (
     Rows,
@@ -16,6 +16,7 @@ from components.data.batches import (
     training_batches,
     window_rows,
 )
+from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import contributions, ranks_in_lists
 from components.recommenders.build import RecommenderConfig, build_recommender
 from components.recommenders.causal import Causal, CausalConfig

@@ -7,8 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import ContentEmbeddings, Provenance, TokenizerCheckpoint
+from components.artifacts import ContentEmbeddings, TokenizerCheckpoint
 from components.config import Config
+from components.folders import Provenance
 from components.seeding import seed_everything
 from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkpoint_of
 from components.tokenizers.quantize import reconstruct

@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from components.artifacts import ArtifactError, EvaluationReport
+from components.artifacts import EvaluationReport
+from components.folders import ArtifactError
 from components.metrics.compare import (
     CompareConfig,
     compare,

@@ -7,9 +7,10 @@ import polars as pl
 import pytest
 import torch
 
-from components.artifacts import HELD_OUT, SEQUENCE, ArtifactError, EvaluationReport, SequenceSplit
+from components.artifacts import HELD_OUT, SEQUENCE, EvaluationReport, SequenceSplit
 from components.data.planted import plant
 from components.data.splits import SplitConfig, hold_out
+from components.folders import ArtifactError
 from components.metrics.report import (
     EvaluateConfig,
     evaluate_baselines,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.artifacts import ArtifactError, RecommenderCheckpoint, SidTable
+from components.artifacts import RecommenderCheckpoint, SidTable
+from components.folders import ArtifactError
 from components.recommenders.build import (
     RecommenderConfig,
     build_recommender,

@@ -12,8 +12,9 @@ from flytekit.core.type_engine import TypeEngine
 from flytekit.types.directory import FlyteDirectory
 
 from components import artifacts
-from components.artifacts import Artifact, ArtifactError, ContentEmbeddings, SidTable
+from components.artifacts import ContentEmbeddings, SidTable
 from components.config import Config
+from components.folders import Artifact, ArtifactError
 from tasks import runtime
 from tasks.flyte_types import ArtifactTransformer, by_content, stored_at
 
@@ -116,7 +117,7 @@ def test_a_folder_given_by_hand_is_cached_by_its_content(tmp_path):
 
 def test_another_kind_is_refused_with_both_named(tmp_path):
     table().save(tmp_path / "sids")
-    with pytest.raises(Exception, match="holds a SidTable, a ContentEmbeddings is wanted here"):
+    with pytest.raises(Exception, match="holds the kind SidTable, the kind ContentEmbeddings is wanted"):
         tokenize(embeddings=tmp_path / "sids")
 
 

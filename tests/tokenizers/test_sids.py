@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from components.artifacts import ArtifactError, ContentEmbeddings, SidTable, TokenizerCheckpoint
+from components.artifacts import ContentEmbeddings, SidTable, TokenizerCheckpoint
+from components.folders import ArtifactError
 from components.tokenizers.build import build_tokenizer, checkpoint_of, load_tokenizer
 from components.tokenizers.quantize import sinkhorn_codes
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig

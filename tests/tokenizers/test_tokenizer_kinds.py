@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.artifacts import ArtifactError
+from components.folders import ArtifactError
 from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkpoint_of, load_tokenizer
 from components.tokenizers.quantize import reconstruct
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig, kmeans, residual_kmeans

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from components.artifacts import ArtifactError, RecommenderCheckpoint, SidTable
+from components.artifacts import RecommenderCheckpoint, SidTable
 from components.data.batches import held_out_rows
 from components.data.planted import best_recall
 from components.exploration import GumbelConfig, HardConfig
+from components.folders import ArtifactError
 from components.metrics.ranking import contributions, ranks_in_lists
 from components.recommenders.build import load_recommender
 from components.recommenders.causal import CausalConfig

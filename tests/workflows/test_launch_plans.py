@@ -11,6 +11,7 @@ from flytekit.tools.translator import get_serializable
 
 from components.config import load_preset
 from workflows.config import PipelineConfig
+from workflows.embed_items import embed_items
 from workflows.joint import joint
 from workflows.launch_plans import nightly
 from workflows.two_stage import two_stage
@@ -44,7 +45,12 @@ def test_training_waits_for_the_gate_and_failure_is_recorded(flow):
     for stage in trained:
         assert set(gates) & set(by_task[stage].upstream_node_ids), stage
     assert template.failure_node.task_node.reference_id.name.endswith("record_failure")
-    shards = next(node for node in nodes.values() if node.HasField("array_node"))
+    assert any(n.workflow_node.sub_workflow_ref.name == embed_items.name for n in nodes.values())
+
+
+def test_the_catalogue_is_embedded_by_a_map_task():
+    nodes = to_proto(embed_items).template.nodes
+    shards = next(node for node in nodes if node.HasField("array_node"))
     assert "map_embed_shard" in shards.array_node.node.task_node.reference_id.name
 
 

@@ -315,7 +315,7 @@ def test_a_folder_of_another_kind_is_refused_with_both_named(first, data, recipe
     stage = ["run", "tasks/recommender.py", "fit_recommender", "--config", str(recipe)]
     refused = CliRunner().invoke(pyflyte, [*stage, *folders])
     shown = " ".join(refused.output.replace("│", " ").split())
-    assert refused.exit_code != 0 and "holds a SidTable, a SequenceSplit is wanted here" in shown
+    assert refused.exit_code != 0 and "holds the kind SidTable, the kind SequenceSplit is wanted" in shown
 
 
 def test_a_list_of_folders_is_taken_from_the_command_line(first, data, monkeypatch):
