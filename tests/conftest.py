@@ -1,5 +1,11 @@
 """Fixtures shared by all tests."""
 
+import os
+
+# One thread, here and in every process that tests start: the models are small, equal thread counts give equal
+# bytes, and two suites on one machine do not wait for each other's cores. torch reads this when it is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -11,7 +11,7 @@ from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.type_engine import TypeEngine
 from flytekit.types.directory import FlyteDirectory
 
-from components import artifacts
+from components import artifacts, folders
 from components.artifacts import ContentEmbeddings, SidTable
 from components.config import Config
 from components.folders import Artifact, ArtifactError
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_no_folder_and_no_cache_entry(flyte_home, monkeypatch
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch, pytest.raises(Exception, match="No space left on device"):
-        patch.setattr(artifacts, "_write_synced", full)
+        patch.setattr(folders, "_write_synced", full)
         pipeline(seed=0, run_id="a")
     assert not list((flyte_home / "artifacts").rglob("manifest.json"))
     assert pipeline(seed=0, run_id="a").num_items == 2
