@@ -8,6 +8,9 @@ import json
 import logging
 import os
 import re
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -250,13 +253,28 @@ def tracked(
         for parent in parents:
             place = stored_at(parent.kind(), parent.fingerprint)
             run.dataset(parent.kind(), parent.fingerprint, str(place), stage)
-        yield run
+        with _terminable():
+            yield run
         run.flush()
         client.set_terminated(run.run_id, "FINISHED")
         run.say(f"done in {time.monotonic() - began:.1f} s")
     except BaseException as error:
         _close_broken(run, run_id, error)
         raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exit, so that a stage that is asked to stop closes its run on the way out."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _revive(client: MlflowClient, run_id: str) -> Run:

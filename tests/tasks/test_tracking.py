@@ -1,3 +1,4 @@
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -256,3 +257,18 @@ def test_the_environment_names_another_store(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@mlflow.example")
     assert tracking.tracking_uri() == "https://me:hunter2@mlflow.example"
     assert tracking.without_secrets(tracking.tracking_uri()) == "https://***@mlflow.example"
+
+
+def test_a_stage_that_is_terminated_leaves_no_run_running(client, flyte_home):
+    script = (
+        "import os, signal, time\n"
+        "from tasks.tracking import tracked\n"
+        "with tracked('fit'):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "interrupted; finished stages are cached" in done.stdout
+    (run,) = client.search_runs([client.get_experiment_by_name("stages").experiment_id])
+    assert run.info.status == "KILLED" and run.data.tags["error.message"] == "SystemExit: 143"
