@@ -43,7 +43,7 @@ def random_table(items: int, space: SymbolSpace, generator: torch.Generator) -> 
     size = torch.bincount(bucket)
     suffix = torch.empty_like(bucket)
     suffix[order] = torch.arange(items) - (size.cumsum(0) - size)[bucket[order]]
-    starts = torch.tensor([space.range(step)[0] for step in range(space.num_steps)])
+    starts = torch.tensor(space.starts)
     return torch.cat([codes, suffix[:, None]], dim=1) + starts
 
 

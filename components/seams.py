@@ -42,6 +42,11 @@ class SymbolSpace(NamedTuple):
         """V."""
         return sum(self.codebook_sizes) + self.suffix_size
 
+    @property
+    def starts(self) -> list[int]:
+        """First symbol of each step."""
+        return [self.range(step)[0] for step in range(self.num_steps)]
+
     def range(self, step: int) -> tuple[int, int]:
         """First symbol of a step, and the one after its last."""
         sizes = (*self.codebook_sizes, self.suffix_size)

@@ -22,6 +22,7 @@ from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
 from components.seams import Ranking
 from components.tokenizers.sids import table_symbols
+from components.tokenizers.trie import build_trie
 from components.training.loop import device_of
 from tasks import runtime
 from tasks.flyte_types import by_content
@@ -35,10 +36,13 @@ def ranker(recommender: RecommenderCheckpoint, sids: SidTable, config: EvaluateC
     device = device_of("auto")
     module = load_recommender(recommender, sids).to(device)
     symbols = table_symbols(sids).to(device)
+    trie = build_trie(symbols)
 
     def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
         rows = held_out_rows(frame)
-        return rank_rows(module, rows, symbols, config.batch_size, config.beams, exclude_seen=exclude_seen)
+        return rank_rows(
+            module, rows, symbols, trie, config.batch_size, config.beams, exclude_seen=exclude_seen
+        )
 
     return rank
 

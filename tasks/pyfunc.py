@@ -17,6 +17,7 @@ from components.data.batches import held_out_rows
 from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
 from components.tokenizers.sids import table_symbols
+from components.tokenizers.trie import build_trie
 from components.training.loop import device_of
 
 BEAMS = 20
@@ -33,6 +34,7 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
         self.items = bundle.catalog.items
         self.recommender = load_recommender(bundle.recommender, bundle.sids).to(device)
         self.symbols = table_symbols(bundle.sids).to(device)
+        self.trie = build_trie(self.symbols)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -67,6 +69,7 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
             self.recommender,
             rows,
             self.symbols,
+            self.trie,
             BATCH,
             max(k, BEAMS),
             exclude_seen=bool(wanted["exclude_seen"]),

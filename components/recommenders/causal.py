@@ -83,8 +83,7 @@ class Causal(nn.Module):
         read = torch.arange(hidden.shape[1], device=hidden.device) < (length * steps)[:, None]
         last = hidden.gather(1, (length * steps - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))
         state = _State(last, length, self.stack.start(context, read))
-        starts = [self.space.range(step)[0] for step in range(steps)]
-        return beam_search(self, state, trie, starts, beams, excluded)
+        return beam_search(self, state, trie, self.space.starts, beams, excluded)
 
     def step(self, state: _State, step: int, symbols: Tensor | None) -> tuple[Tensor, _State]:
         """Write one symbol a beam (see ``decoding.CodeHead``)."""

@@ -37,7 +37,7 @@ def step_losses(
     for step in range(space.num_steps):
         scores = logits(hidden_PSD[:, step], step)
         if target.weights is None or step == space.num_levels:
-            losses.append(F.cross_entropy(scores, symbols_PS[:, step] - space.range(step)[0]))
+            losses.append(F.cross_entropy(scores, symbols_PS[:, step] - space.starts[step]))
         else:
             weights_PK = target.weights[step][items_P]
             losses.append(-(weights_PK * scores.log_softmax(dim=-1)).sum(dim=-1).mean())

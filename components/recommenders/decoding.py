@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components.data.batches import Rows, ranking_batches
 from components.seams import Ranking, Recommender
-from components.tokenizers.trie import PrefixTrie, build_trie
+from components.tokenizers.trie import PrefixTrie
 
 
 class CodeHead(Protocol):
@@ -111,7 +111,14 @@ def _contains(sorted_BT: Tensor, values_BX: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rank_rows(
-    recommender: Recommender, rows: Rows, symbols: Tensor, batch_size: int, beams: int, *, exclude_seen: bool
+    recommender: Recommender,
+    rows: Rows,
+    symbols: Tensor,
+    trie: PrefixTrie,
+    batch_size: int,
+    beams: int,
+    *,
+    exclude_seen: bool,
 ) -> Ranking:
     """Rank the catalogue for many histories, users of like length together.
 
@@ -123,6 +130,8 @@ def rank_rows(
         R histories; their targets are not read.
     symbols : Tensor
         (N, S) the whole SID table as symbols, on the recommender's device.
+    trie : PrefixTrie
+        The tree of these symbols, on the same device; built once for a table.
     batch_size : int
         Users decoded at once.
     beams : int
@@ -135,7 +144,6 @@ def rank_rows(
     Ranking
         (R, W) on the CPU, in the order of ``rows``.
     """
-    trie = build_trie(symbols.cpu()).to(symbols.device)
     items = torch.empty(len(rows.start), beams, dtype=torch.long)
     scores = torch.empty(len(rows.start), beams)
     for which, batch in ranking_batches(rows, batch_size):

@@ -70,8 +70,7 @@ class Tiger(nn.Module):
         excluded = items.masked_fill(~batch.mask, -1) if exclude_seen else None
         recent, length = latest(items, batch.mask, self.config.max_history)
         memory, read = self._encode(self.symbols.hard(symbols[recent]), length)
-        starts = [self.space.range(step)[0] for step in range(self.space.num_steps)]
-        return beam_search(self, self.decoder.start(memory, read), trie, starts, beams, excluded)
+        return beam_search(self, self.decoder.start(memory, read), trie, self.space.starts, beams, excluded)
 
     def step(self, state: BeamCache, step: int, symbols: Tensor | None) -> tuple[Tensor, BeamCache]:
         """Write one symbol a beam (see ``decoding.CodeHead``)."""

@@ -221,4 +221,4 @@ def table_symbols(table: SidTable) -> Tensor:
     codes_NL = torch.from_numpy(table.codes["codes"].explode().cast(pl.Int64).to_numpy().copy())
     suffix_N = torch.from_numpy(table.codes["suffix"].cast(pl.Int64).to_numpy().copy())
     steps_NS = torch.cat([codes_NL.view(-1, space.num_levels), suffix_N[:, None]], dim=1)
-    return steps_NS + torch.tensor([space.range(step)[0] for step in range(space.num_steps)])
+    return steps_NS + torch.tensor(space.starts)

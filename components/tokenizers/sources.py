@@ -212,7 +212,7 @@ class LiveSids(nn.Module):
             "_latents", None if train_encoder else tokenizer.latents(x_ND).detach(), persistent=False
         )
         symbols = table_symbols(table)
-        starts = torch.tensor([self.space.range(step)[0] for step in range(self.space.num_steps)])
+        starts = torch.tensor(self.space.starts)
         self.register_buffer("codes", (symbols - starts)[:, :-1])
         self.register_buffer("suffix", (symbols - starts)[:, -1])
         self.register_buffer("starts", starts)

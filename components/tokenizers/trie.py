@@ -37,7 +37,7 @@ class PrefixTrie(NamedTuple):
 
 
 def build_trie(symbols: Tensor) -> PrefixTrie:
-    """Build the tree of all SIDs.
+    """Build the tree of all SIDs, on the device of the symbols.
 
     Parameters
     ----------
@@ -49,6 +49,7 @@ def build_trie(symbols: Tensor) -> PrefixTrie:
     ValueError
         Two items share a SID.
     """
+    device, symbols = symbols.device, symbols.cpu()
     num_items, num_steps = symbols.shape
     order = torch.from_numpy(np.lexsort(symbols.numpy().T[::-1]))  # by the first symbol, then the second ...
     ordered = symbols[order]
@@ -79,4 +80,4 @@ def build_trie(symbols: Tensor) -> PrefixTrie:
     path = torch.empty_like(path_sorted)
     path[order] = path_sorted
     fan_out = [int(num_children[path_sorted[:, depth]].max()) for depth in range(num_steps)]
-    return PrefixTrie(torch.cat(symbol), first_child, num_children, item, leaves, path, fan_out)
+    return PrefixTrie(torch.cat(symbol), first_child, num_children, item, leaves, path, fan_out).to(device)

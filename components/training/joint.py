@@ -23,6 +23,7 @@ from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
 from components.tokenizers.quantize import residual_codes
 from components.tokenizers.sources import LiveSids, Paths
+from components.tokenizers.trie import build_trie
 from components.training.loop import Log, State, cosine, device_of, fit
 from components.training.recommender import (
     RecommenderStage,
@@ -202,11 +203,11 @@ def train_jointly(
         ]
     )
     history = stage.model.max_history
-    epoch = epoch_batches(recommender, split.train, history, stage.batch_size, generator)
+    batches_of = epoch_batches(recommender, split.train, history, stage.batch_size, generator)
     steps = stage.loop.epochs * steps_an_epoch(recommender, split.train, history, stage.batch_size)
     validator = Validator(split.valid, stage.validation, stage.seed)
     names = step_names(live.space.num_levels)
-    first = live.codes.clone()
+    first, moved = live.codes.clone(), torch.zeros(len(live.codes))
 
     def step(batch: SequenceBatch) -> Mapping[str, Tensor]:
         batch = batch.to(device)
@@ -227,14 +228,15 @@ def train_jointly(
         }
 
     def batches(number: int) -> Iterator[SequenceBatch]:
-        if number and number % joint.refresh_every == 0:
-            live.refresh()
-        return epoch(number)
+        nonlocal moved
+        yield from batches_of(number)
+        # Behind the epoch's last step: the table that is validated is the one that the next epoch reads.
+        if (number + 1) % joint.refresh_every == 0:
+            moved = live.refresh()
 
     def validate(number: int) -> Mapping[str, float]:
-        moved = live.refresh()
         return {
-            **validator(recommender, live.symbols),
+            **validator(recommender, live.symbols, build_trie(live.symbols)),
             "sids/churn": float(moved.float().mean()),
             "sids/churn_since_start": float((live.codes != first).any(dim=1).float().mean()),
             **table_figures(live),

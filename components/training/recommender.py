@@ -25,6 +25,7 @@ from components.recommenders.tiger import Tiger
 from components.seams import Recommender, SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.sources import FrozenSids
+from components.tokenizers.trie import PrefixTrie, build_trie
 from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
 
 
@@ -102,10 +103,16 @@ class Validator:
         self._rows: Rows = held_out_rows(valid.sample(min(config.users, len(valid)), seed=seed, shuffle=True))
         self._config = config
 
-    def __call__(self, recommender: Recommender, symbols: Tensor) -> dict[str, float]:
+    def __call__(self, recommender: Recommender, symbols: Tensor, trie: PrefixTrie) -> dict[str, float]:
         """Return R@10 and N@10 with seen items kept."""
         ranking = rank_rows(
-            recommender, self._rows, symbols, self._config.batch_size, self._config.beams, exclude_seen=False
+            recommender,
+            self._rows,
+            symbols,
+            trie,
+            self._config.batch_size,
+            self._config.beams,
+            exclude_seen=False,
         )
         ranks = ranks_in_lists(ranking.items.numpy(), self._rows.target)
         recall, ndcg = contributions(ranks, ["R@10", "N@10"]).mean(axis=0)
@@ -157,6 +164,7 @@ def train_recommender(
     steps = config.loop.epochs * steps_an_epoch(recommender, split.train, history, config.batch_size)
     validator = Validator(split.valid, config.validation, config.seed)
     names = step_names(source.space.num_levels)
+    trie = build_trie(source.symbols)
 
     def step(batch: SequenceBatch) -> Mapping[str, Tensor]:
         batch = batch.to(device)
@@ -169,7 +177,7 @@ def train_recommender(
         cosine(optimizer, config.optim.warmup_steps, steps),
         epoch_batches(recommender, split.train, history, config.batch_size, generator),
         step,
-        lambda epoch: validator(recommender, source.symbols),
+        lambda epoch: validator(recommender, source.symbols, trie),
         config.loop,
         select="valid_N@10",
         generator=generator,

@@ -15,6 +15,7 @@ from components.recommenders.decoding import rank_rows
 from components.recommenders.tiger import TigerConfig
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.sids import SidConfig, assign, table_symbols
+from components.tokenizers.trie import build_trie
 from components.training.joint import JointConfig, JointStage, PathsConfig, train_jointly
 from components.training.loop import LoopConfig
 from components.training.recommender import OptimConfig, RecommenderStage, train_recommender
@@ -39,8 +40,9 @@ def _ignore(step, values) -> None:
 
 def _recall(split, checkpoint: RecommenderCheckpoint, sids: SidTable) -> float:
     rows = held_out_rows(split.test)
+    symbols = table_symbols(sids)
     ranking = rank_rows(
-        load_recommender(checkpoint, sids), rows, table_symbols(sids), 128, 10, exclude_seen=False
+        load_recommender(checkpoint, sids), rows, symbols, build_trie(symbols), 128, 10, exclude_seen=False
     )
     return float(contributions(ranks_in_lists(ranking.items.numpy(), rows.target), ["R@10"]).mean())
 
