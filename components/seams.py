@@ -74,6 +74,8 @@ class Quantized(NamedTuple):
     """One (U, K) a level: the soft assignment, with gradient to codebooks and latents."""
     latents: Tensor
     """(U, Z) quantised latents, with gradient through the soft assignment."""
+    noise: Tensor
+    """(U, L) noise scale that each item got on each level, 0 where it explored nothing."""
     losses: dict[str, Tensor]
     """Unweighted scalars: ``codebook``, ``commitment`` and ``latent_reconstruction``."""
 
@@ -153,15 +155,14 @@ class Tokenizer(Protocol):
 
 
 class Exploration(Protocol):
-    """How much noise an assignment gets. One assignment function serves all kinds."""
+    """How much noise an assignment gets. Every exploration is a ``torch.nn.Module``; one function assigns for all."""
 
-    surrogate: bool
-    """False: hard codes, no gradient from the recommender to the codes."""
-    tau: float
-    """Temperature of the soft assignment; larger spreads the gradient over more codes."""
+    def noise(self, greedy_U: Tensor, level: int) -> Tensor:
+        """Return the noise scale, >= 0, (U, 1) for the noise-free codes (U,) of a level; called level by level."""
+        ...
 
-    def noise(self, greedy: Tensor, level: int) -> Tensor:
-        """Return the noise scale, >= 0, (U, 1) for the noise-free codes (U,) of a level."""
+    def weigh(self, loss: Tensor) -> Tensor:
+        """Return what the recommendation loss, a scalar in nats a symbol, becomes in the sum that is minimised."""
         ...
 
 

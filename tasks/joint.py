@@ -52,5 +52,8 @@ def fit_jointly(
     with tracked("fit_jointly", both, run_id, [split, embeddings, tokenizer, sids]) as run:
         result = train_jointly(split, embeddings, tokenizer, sids, both, run.log, *resumable())
         run.finish_training(result.recommender.metrics)
-        run.output(*result)
-        return Joint(*result)
+        if result.collapsed:
+            run.mark("collapsed", result.collapsed)
+        tokenizer, table, recommender, _ = result
+        run.output(tokenizer, table, recommender)
+        return Joint(tokenizer, table, recommender)

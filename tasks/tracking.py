@@ -128,10 +128,11 @@ def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> Non
 class StageRun:
     """The MLflow run of one stage; ``log`` is what components call with their numbers."""
 
-    def __init__(self, client: MlflowClient, run_id: str, stage: str) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, stage: str, pipeline: str = "") -> None:
         self.client = client
         self.run_id = run_id
         self.stage = stage
+        self.pipeline = pipeline
         self.history: list[tuple[int, dict[str, float]]] = []
         self._pending: list[Metric] = []
         self._flushed = time.monotonic()
@@ -168,6 +169,12 @@ class StageRun:
     def say(self, text: str) -> None:
         """Show a line of progress below the name of the stage."""
         _console.print(f"    {text}")
+
+    def mark(self, word: str, text: str) -> None:
+        """Tag this run, and that of its pipeline, with something that whoever looks must not miss."""
+        self.say(f"[bold red]{word}[/]: {text}")
+        for run_id in filter(None, (self.run_id, self.pipeline)):
+            _set_tags(self.client, run_id, {f"sidflow.{word}": f"{self.stage}: {text}"})
 
     def flush(self) -> None:
         """Send what is waiting."""
@@ -244,7 +251,9 @@ def tracked(
     if run_id:
         experiment = _revive(client, run_id).info.experiment_id
         tags |= {"mlflow.parentRunId": run_id, "sidflow.pipeline": run_id}
-    run = StageRun(client, client.create_run(experiment, tags=tags, run_name=stage).info.run_id, stage)
+    run = StageRun(
+        client, client.create_run(experiment, tags=tags, run_name=stage).info.run_id, stage, run_id
+    )
     _console.print(stage)
     began = time.monotonic()
     try:

@@ -7,12 +7,13 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from components.artifacts import (
     ContentEmbeddings,
@@ -25,8 +26,11 @@ from components.artifacts import (
 from components.data.planted import plant
 from components.data.splits import SplitConfig, hold_out
 from components.embeddings import LsaConfig, encode_items
+from components.exploration import GumbelConfig
+from components.tokenizers.build import load_tokenizer
 from components.tokenizers.rkmeans import RkMeansConfig
-from components.tokenizers.sids import SidConfig, assign
+from components.tokenizers.sids import AssignmentRule, SidConfig, assign
+from components.tokenizers.sources import LiveSids, Paths
 from components.training.tokenizer import TokenizerStage, train_tokenizer
 
 
@@ -104,3 +108,32 @@ def tiny() -> Tiny:
         tokenizer,
         assign(tokenizer, embeddings, SidConfig(suffix_size=32)),
     )
+
+
+@pytest.fixture(scope="session")
+def live_sids(tiny: Tiny) -> Callable[..., LiveSids]:
+    """Make a live source of the planted items; keywords replace what a plain Gumbel run would have."""
+
+    def make(
+        exploration: Any = None,
+        paths: Paths = Paths(),  # noqa: B008
+        *,
+        tokenizer: TokenizerCheckpoint = tiny.tokenizer,
+        sids: SidTable = tiny.sids,
+        rule: AssignmentRule | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> LiveSids:
+        plain = {"residual": "sampled", "top_probability": 0.5, "logit_scale": None, "train_encoder": False}
+        return LiveSids(
+            load_tokenizer(tokenizer),
+            tiny.embeddings.matrix,
+            sids,
+            exploration or GumbelConfig(),
+            paths,
+            rule or AssignmentRule(),
+            **plain | settings,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    return make

@@ -3,6 +3,7 @@
 Shapes: N items, L levels, S = L + 1 steps of a SID.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,13 +17,13 @@ from components.config import Config
 from components.folders import ArtifactError, Provenance
 from components.seams import SymbolSpace
 from components.tokenizers.build import load_tokenizer
-from components.tokenizers.quantize import sinkhorn_codes
+from components.tokenizers.quantize import residual_codes, sinkhorn_codes
 
 SCHEMA = SidTable.SCHEMAS["codes"]
 
 
-class SidConfig(Config):
-    """How items get their codes, and how many may share them."""
+class AssignmentRule(Config):
+    """How items get their codes."""
 
     assignment: Literal["nearest", "sinkhorn"] = "nearest"
     """nearest: each item the nearest codeword, level by level. sinkhorn: all items together, each code about
@@ -31,6 +32,11 @@ class SidConfig(Config):
     """Only for sinkhorn: entropy weight relative to half the range of the distances."""
     iterations: int = Field(50, ge=1)
     """Only for sinkhorn: rounds of scaling."""
+
+
+class SidConfig(AssignmentRule):
+    """How items get their codes, and how many may share them."""
+
     suffix_size: int = Field(256, ge=1, le=65536)
     """Most items that may share their codes. Leave room where codes move: joint training grows buckets."""
     other_embeddings: Literal["refuse", "accept"] = "refuse"
@@ -82,14 +88,7 @@ def assign(
         )
     tokenizer = load_tokenizer(checkpoint)
     with torch.no_grad():
-        match config.assignment:
-            case "nearest":
-                codes_NL = tokenizer.encode(embeddings.matrix)
-            case "sinkhorn":
-                latents_NZ = tokenizer.latents(embeddings.matrix)
-                codes_NL = sinkhorn_codes(
-                    latents_NZ, list(tokenizer.codebooks), config.epsilon, config.iterations
-                )
+        codes_NL = assign_codes(tokenizer.latents(embeddings.matrix), list(tokenizer.codebooks), config)
     table = codes_to_table(
         codes_NL, tokenizer.codebook_sizes, config.suffix_size, checkpoint.fingerprint, previous
     )
@@ -97,6 +96,16 @@ def assign(
     if previous is not None:
         parents["SidTable"] = previous.fingerprint
     return replace(table, provenance=Provenance(config=config.model_dump(mode="json"), parents=parents))
+
+
+@torch.no_grad()
+def assign_codes(z_NZ: Tensor, codebooks: Sequence[Tensor], rule: AssignmentRule) -> Tensor:
+    """Return the codes (N, L) long that a rule gives to latents (N, Z)."""
+    match rule.assignment:
+        case "nearest":
+            return residual_codes(z_NZ, codebooks)
+        case "sinkhorn":
+            return sinkhorn_codes(z_NZ, codebooks, rule.epsilon, rule.iterations)
 
 
 def codes_to_table(

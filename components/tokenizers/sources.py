@@ -1,7 +1,7 @@
 """Where items' tokens come from: a frozen table, or a tokenizer that is still learning.
 
-The live source feeds the recommender the codes of its table and sends the gradient through the current soft
-assignment ("table forward"), so noise never changes what the recommender reads.
+The live source sends the gradient through the current soft assignment. What the recommender reads is by default
+the code of the table ("table forward"), so that noise never changes it; otherwise the code drawn now.
 Shapes: U items, N items of the catalogue, L levels, K codes, Z latent width, S steps.
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.artifacts import SidTable
-from components.exploration import pick
+from components.exploration import ExplorationConfig, build_exploration, pick
 from components.folders import Provenance
 from components.seams import BatchTokens, Exploration, ItemTokens, Quantized, SymbolSpace, Tokenizer
-from components.tokenizers.quantize import residual_codes, squared_distances, straight_through
-from components.tokenizers.sids import codes_to_table, space_of, table_symbols
+from components.tokenizers.quantize import squared_distances, straight_through
+from components.tokenizers.sids import AssignmentRule, assign_codes, codes_to_table, space_of, table_symbols
 
 SCALE_ROWS = 4096
 """The logit scales are found on about so many items: more do not move them by a percent."""
@@ -61,6 +61,7 @@ def explore(
     codebooks: Sequence[Tensor],
     scales: Tensor,
     exploration: Exploration,
+    tau: float,
     generator: torch.Generator | None,
     follow: Tensor | None = None,
 ) -> Quantized:
@@ -75,7 +76,9 @@ def explore(
     scales : Tensor
         (L,), the logits of a level are minus the squared distances divided by its scale.
     exploration : Exploration
-        How much noise.
+        How much noise; not asked where there is no generator.
+    tau : float
+        Temperature of the soft assignment, > 0.
     generator : torch.Generator, optional
         Where noise is drawn from; None: no noise.
     follow : Tensor, optional
@@ -91,17 +94,15 @@ def explore(
     DIGER (arXiv 2601.19711), section 3; the authors' gradient-fix release for the routing of gradients.
     """
     residual, total = z_UZ, torch.zeros_like(z_UZ)
-    codes, greedy, probabilities = [], [], []
+    codes, greedy, probabilities, noises = [], [], [], []
     codebook_loss = commitment = z_UZ.new_zeros(())
     for level, codebook_KZ in enumerate(codebooks):
         logits_UK = -squared_distances(residual, codebook_KZ) / scales[level]
         best_U = logits_UK.detach().argmax(dim=-1)
-        if exploration.surrogate:
-            code_U, soft_UK = pick(logits_UK, exploration.noise(best_U, level), exploration.tau, generator)
-            word_UZ = straight_through(code_U, soft_UK) @ codebook_KZ
-        else:
-            code_U, soft_UK = best_U, torch.softmax(logits_UK.detach(), dim=-1)
-            word_UZ = codebook_KZ[code_U]
+        silent = generator is None
+        noise_U1 = logits_UK.new_zeros(len(best_U), 1) if silent else exploration.noise(best_U, level)
+        code_U, soft_UK = pick(logits_UK, noise_U1, tau, generator)
+        word_UZ = straight_through(code_U, soft_UK) @ codebook_KZ
         codebook_loss = codebook_loss + F.mse_loss(word_UZ, residual.detach())
         commitment = commitment + F.mse_loss(residual, word_UZ.detach())
         total = total + word_UZ
@@ -109,11 +110,13 @@ def explore(
         codes.append(code_U)
         greedy.append(best_U)
         probabilities.append(soft_UK)
+        noises.append(noise_U1.detach()[:, 0])
     return Quantized(
         torch.stack(codes, dim=1),
         torch.stack(greedy, dim=1),
         tuple(probabilities),
         total,
+        torch.stack(noises, dim=1),
         {
             "codebook": codebook_loss / len(codebooks),
             "commitment": commitment / len(codebooks),
@@ -190,18 +193,22 @@ class LiveSids(nn.Module):
         tokenizer: Tokenizer,
         x_ND: Tensor,
         table: SidTable,
-        exploration: Exploration,
+        exploration: ExplorationConfig,
         paths: Paths,
+        rule: AssignmentRule,
         *,
         residual: Literal["sampled", "table"],
         top_probability: float,
+        logit_scale: float | None,
         train_encoder: bool,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.space: SymbolSpace = space_of(table)
-        self.exploration, self.paths, self.generator = exploration, paths, generator
+        self.exploration = build_exploration(exploration, self.space.codebook_sizes)
+        self.tau, self.forward_codes = exploration.tau, exploration.forward
+        self.paths, self.rule, self.generator = paths, rule, generator
         self.residual, self.train_encoder = residual, train_encoder
         if train_encoder and not any(name.startswith("encoder.") for name, _ in tokenizer.named_parameters()):
             raise ValueError(
@@ -216,10 +223,11 @@ class LiveSids(nn.Module):
         self.register_buffer("codes", (symbols - starts)[:, :-1])
         self.register_buffer("suffix", (symbols - starts)[:, -1])
         self.register_buffer("starts", starts)
-        self.register_buffer(
-            "scales",
-            logit_scales(self.latents(), list(tokenizer.codebooks), top_probability),
-        )
+        if logit_scale is None:
+            scales = logit_scales(self.latents(), list(tokenizer.codebooks), top_probability)
+        else:
+            scales = torch.full((self.space.num_levels,), logit_scale)
+        self.register_buffer("scales", scales)
 
     def latents(self, item_ids: Tensor | None = None) -> Tensor:
         """Return the latents of items (U, Z), by default of all: computed once while the encoder is frozen."""
@@ -250,16 +258,17 @@ class LiveSids(nn.Module):
         table_UL = self.codes[item_ids]
         follow = table_UL if self.residual == "table" else None
         generator = self.generator if self.training else None
-        q = explore(z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, generator, follow)
-        symbols = torch.cat([table_UL, self.suffix[item_ids, None]], dim=1) + self.starts
-        hard = ItemTokens(symbols)
-        if not self.exploration.surrogate:
-            return BatchTokens(hard, hard, hard), q
-        soft = ItemTokens(symbols, self._weights(table_UL, q.probabilities, 1.0))
-        weight = self.paths.target_weight
-        target = (
-            soft if weight == 1 else ItemTokens(symbols, self._weights(table_UL, q.probabilities, weight))
+        q = explore(
+            z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, self.tau, generator, follow
         )
+        code_UL = q.codes if self.training and self.forward_codes == "sample" else table_UL
+        symbols = torch.cat([code_UL, self.suffix[item_ids, None]], dim=1) + self.starts
+        hard = ItemTokens(symbols)
+        if not (self.paths.history or self.paths.teacher_forcing or self.paths.target):
+            return BatchTokens(hard, hard, hard), q
+        soft = ItemTokens(symbols, self._weights(code_UL, q.probabilities, 1.0))
+        weight = self.paths.target_weight
+        target = soft if weight == 1 else ItemTokens(symbols, self._weights(code_UL, q.probabilities, weight))
         return (
             BatchTokens(
                 soft if self.paths.history else hard,
@@ -270,9 +279,9 @@ class LiveSids(nn.Module):
         )
 
     @staticmethod
-    def _weights(table_UL: Tensor, probabilities: Sequence[Tensor], weight: float) -> tuple[Tensor, ...]:
+    def _weights(code_UL: Tensor, probabilities: Sequence[Tensor], weight: float) -> tuple[Tensor, ...]:
         return tuple(
-            straight_through(code, weight * p) for code, p in zip(table_UL.T, probabilities, strict=True)
+            straight_through(code, weight * p) for code, p in zip(code_UL.T, probabilities, strict=True)
         )
 
     def tokens(self, item_ids: Tensor) -> BatchTokens:
@@ -280,8 +289,13 @@ class LiveSids(nn.Module):
         return self.assign(item_ids)[0]
 
     @torch.no_grad()
+    def assigned(self) -> Tensor:
+        """Return the codes (N, L) that the rule of the table gives all items now."""
+        return assign_codes(self.latents(), list(self.tokenizer.codebooks), self.rule)
+
+    @torch.no_grad()
     def refresh(self) -> Tensor:
-        """Re-assign every item to its nearest codes; an item that keeps its codes keeps its suffix.
+        """Re-assign every item by the rule of the table; an item that keeps its codes keeps its suffix.
 
         Returns
         -------
@@ -294,7 +308,7 @@ class LiveSids(nn.Module):
             More items share codes than there are suffixes.
         """
         before = self.codes
-        codes = residual_codes(self.latents(), list(self.tokenizer.codebooks))
+        codes = self.assigned()
         moved = (codes != before).any(dim=1)
         if not bool(moved.any()):
             return moved

@@ -1,11 +1,11 @@
 """Train tokenizer and recommender together: the recommendation loss moves the codes (DIGER)."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from components.artifacts import (
     ContentEmbeddings,
@@ -15,16 +15,19 @@ from components.artifacts import (
     TokenizerCheckpoint,
 )
 from components.config import Config
-from components.exploration import ExplorationConfig, GumbelConfig, build_exploration
+from components.exploration import ExplorationConfig, GumbelConfig, SdudConfig, SdudFrqudConfig
 from components.folders import ArtifactError, Provenance
+from components.metrics.sids import CollapseError
 from components.recommenders.build import build_recommender, check_paths
+from components.recommenders.popularity import count_events
 from components.seams import Quantized, SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
-from components.tokenizers.quantize import residual_codes
+from components.tokenizers.sids import AssignmentRule
 from components.tokenizers.sources import LiveSids, Paths
+from components.tokenizers.suffix_cost import Occupancy, occupancy, suffix_cost
 from components.tokenizers.trie import build_trie
-from components.training.loop import Log, State, cosine, device_of, fit
+from components.training.loop import Halt, Log, State, cosine, device_of, fit
 from components.training.recommender import (
     RecommenderStage,
     Validator,
@@ -35,7 +38,7 @@ from components.training.recommender import (
 )
 
 STRAY = 0.01
-"""Share of items that may differ from their nearest codes at the start: ties fall otherwise on other machines."""
+"""Share of items whose codes may differ from the rule's at the start: ties fall otherwise on other machines."""
 
 
 class PathsConfig(Config):
@@ -51,18 +54,39 @@ class PathsConfig(Config):
     """Factor on the gradient through the target, which pulls items towards codes that are easy to predict."""
 
 
+class RefreshConfig(AssignmentRule):
+    """When and by which rule the SID table follows the codebooks."""
+
+    every: int = Field(1, ge=1)
+    """Epochs between two refreshes; divides ``validate_every`` and ``epochs`` of the recommender's loop, so that a
+    table is validated with the codebooks that made it."""
+
+
+class CollapseConfig(Config):
+    """When training stops because the codes no longer tell items apart; the best epoch before it is kept."""
+
+    min_perplexity: float = Field(0.5, ge=0, lt=1)
+    """Stop once a level's perplexity is below this share of what it was at the start."""
+
+
 class JointStage(Config):
     """What joint training adds to the recommender's own recipe."""
 
     exploration: ExplorationConfig = GumbelConfig()
-    """How codes are drawn: ``none``, ``ste`` or ``gumbel``."""
+    """How codes are drawn: ``none``, ``ste``, ``gumbel``, ``sdud``, ``frqud`` or ``sdud_frqud``."""
+    routing: Literal["end_to_end", "historical"] = "end_to_end"
+    """historical: the recommendation loss sends nothing to the codes, as in the published runs; for comparison.
+    Codebooks then learn from the other losses alone, and the recommender follows the table."""
     paths: PathsConfig = PathsConfig()
-    """Where the recommendation loss may enter the tokenizer."""
+    """Where the recommendation loss may enter the tokenizer; not read if the routing is historical."""
     residual: Literal["sampled", "table"] = "sampled"
     """Which code a level's residual subtracts: the one drawn now, or the one of the table."""
     top_probability: float = Field(0.5, gt=0, lt=1)
     """Sets the logit scale of each level: the mean probability of an item's best code at tau 1. With noise 1
     this is also how often a drawn code equals the nearest one."""
+    logit_scale: float | None = Field(None, gt=0)
+    """One fixed logit scale for all levels instead (1 in the authors' gradient-fix release); null: found from
+    ``top_probability``."""
     tokenizer_lr: float = Field(1e-4, gt=0)
     """Learning rate of the codebooks (and encoder); 1e-3 collapses the deeper levels within a dozen epochs."""
     tokenizer_weight_decay: float = Field(0.0, ge=0)
@@ -76,11 +100,15 @@ class JointStage(Config):
     earlier levels only."""
     latent_reconstruction_weight: float = Field(1.0, ge=0)
     """Weight of the squared error of the quantised latents."""
+    suffix_cost: float = Field(0.0, ge=0)
+    """Weight of the expected cost of the suffix, which the recommendation loss cannot send to the codes; 1 by
+    derivation (see ``tokenizers.suffix_cost``), 0 as published."""
     train_encoder: bool = False
     """Train the encoder too; frozen, its latents are computed once."""
-    refresh_every: int = Field(1, ge=1)
-    """Epochs between two refreshes of the SID table from the current codebooks; divides ``validate_every`` and
-    ``epochs`` of the recommender's loop, so that a table is validated with the codebooks that made it."""
+    refresh: RefreshConfig = RefreshConfig()
+    """How the SID table follows the codebooks."""
+    collapse: CollapseConfig | None = CollapseConfig()
+    """When to stop a run whose codes collapse; null: never."""
 
 
 class JointConfig(Config):
@@ -93,16 +121,18 @@ class JointConfig(Config):
 
     @model_validator(mode="after")
     def _paths_fit(self) -> Self:
+        if self.joint.routing == "historical":
+            return self
         paths = self.joint.paths
         check_paths(self.recommender.model, history=paths.history, teacher_forcing=paths.teacher_forcing)
         return self
 
     @model_validator(mode="after")
     def _refresh_fits(self) -> Self:
-        every, loop = self.joint.refresh_every, self.recommender.loop
+        every, loop = self.joint.refresh.every, self.recommender.loop
         if loop.validate_every % every or loop.epochs % every:
             raise ValueError(
-                f"refresh_every {every} must divide validate_every {loop.validate_every} and epochs {loop.epochs}: "
+                f"refresh.every {every} must divide validate_every {loop.validate_every} and epochs {loop.epochs}: "
                 "else tokenizer and table of a validated epoch do not belong together"
             )
         return self
@@ -114,6 +144,8 @@ class JointResult(NamedTuple):
     tokenizer: TokenizerCheckpoint
     sids: SidTable
     recommender: RecommenderCheckpoint
+    collapsed: str | None
+    """Epoch, level and figure at which training was stopped, if it was; the other three are of an epoch before."""
 
 
 def train_jointly(
@@ -130,7 +162,7 @@ def train_jointly(
 
     The recommender reads and writes the codes of the table. The gradient reaches the codebooks through the
     soft assignment of the same items, on the paths that are switched on. The table follows the codebooks
-    after each epoch; an item that keeps its codes keeps its suffix. The tokenizer's own losses run over the
+    as configured; an item that keeps its codes keeps its suffix. The tokenizer's own losses run over the
     batch's unique items, each once; the authors' release takes them over the targets, repeats counted.
 
     Parameters
@@ -157,7 +189,10 @@ def train_jointly(
     Raises
     ------
     ArtifactError
-        Embeddings, tokenizer, table and split do not belong together, or the table does not hold nearest codes.
+        Embeddings, tokenizer, table and split do not belong together, or the table was made by another rule than
+        it would be refreshed by.
+    CollapseError
+        The codes collapsed before any epoch was validated as sound.
     ValueError
         A bucket outgrew ``suffix_size``.
 
@@ -179,14 +214,16 @@ def train_jointly(
         module,
         embeddings.matrix,
         sids,
-        build_exploration(joint.exploration),
-        Paths(**joint.paths.model_dump()),
+        joint.exploration,
+        Paths(**joint.paths.model_dump()) if joint.routing == "end_to_end" else Paths(False, False, False),
+        joint.refresh,
         residual=joint.residual,
         top_probability=joint.top_probability,
+        logit_scale=joint.logit_scale,
         train_encoder=joint.train_encoder,
         generator=torch.Generator().manual_seed(stage.seed),
     ).to(device)
-    check_nearest(live)
+    check_rule(live)
     recommender = build_recommender(stage.model, live.space).to(device)
     optimizer = torch.optim.AdamW(
         [
@@ -200,6 +237,7 @@ def train_jointly(
                 "lr": joint.tokenizer_lr,
                 "weight_decay": joint.tokenizer_weight_decay,
             },
+            *sigma_group(live.exploration, joint.exploration),
         ]
     )
     history = stage.model.max_history
@@ -208,55 +246,83 @@ def train_jointly(
     validator = Validator(split.valid, stage.validation, stage.seed)
     names = step_names(live.space.num_levels)
     first, moved = live.codes.clone(), torch.zeros(len(live.codes))
+    start = table_figures(live)
+    mass_N = (torch.from_numpy(count_events(split.train["sequence"], split.num_items)).float() + 1).to(device)
+    occupied: Occupancy
+    probe: dict[str, float] = {}
 
     def step(batch: SequenceBatch) -> Mapping[str, Tensor]:
         batch = batch.to(device)
         tokens, quantized = live.assign(batch.unique)
         loss = recommender.loss(batch, tokens)
-        total = (
-            joint.recommendation_weight * loss.total
-            + joint.codebook_weight * quantized.losses["codebook"]
+        recommendation = joint.recommendation_weight * live.exploration.weigh(loss.total)
+        quantisation = (
+            joint.codebook_weight * quantized.losses["codebook"]
             + joint.commitment_weight * quantized.losses["commitment"]
             + joint.latent_reconstruction_weight * quantized.losses["latent_reconstruction"]
         )
+        parts = {"recommendation": recommendation, "quantisation": quantisation}
+        figures = {}
+        if joint.suffix_cost:
+            cost_U = suffix_cost(quantized.probabilities, batch.unique, occupied)
+            figures["suffix_cost"] = (target_shares(batch, recommender.positions) * cost_U).sum()
+            # Divided as the mean over the steps divides the cross-entropy of the suffix that it stands for.
+            parts["suffix_cost"] = joint.suffix_cost * figures["suffix_cost"] / live.space.num_steps
+        if not probe:
+            probe.update(gradient_figures(parts, list(live.tokenizer.codebooks)))
         return {
-            "loss": total,
+            "loss": torch.stack(list(parts.values())).sum(),
             "recommendation": loss.total,
             **dict(zip(names, loss.steps, strict=True)),
             **quantized.losses,
-            **agreements(quantized, live.codes[batch.unique]),
+            **figures,
+            **exploration_figures(quantized, live.codes[batch.unique]),
         }
 
     def batches(number: int) -> Iterator[SequenceBatch]:
-        nonlocal moved
+        nonlocal moved, occupied
+        probe.clear()
+        if joint.suffix_cost:
+            occupied = occupancy(live.codes, mass_N, live.space.codebook_sizes)
         yield from batches_of(number)
         # Behind the epoch's last step: the table that is validated is the one that the next epoch reads.
-        if (number + 1) % joint.refresh_every == 0:
+        if (number + 1) % joint.refresh.every == 0:
             moved = live.refresh()
 
     def validate(number: int) -> Mapping[str, float]:
-        return {
+        table = table_figures(live)
+        figures = {
             **validator(recommender, live.symbols, build_trie(live.symbols)),
             "sids/churn": float(moved.float().mean()),
             "sids/churn_since_start": float((live.codes != first).any(dim=1).float().mean()),
-            **table_figures(live),
+            **table,
+            **probe,
         }
+        if joint.collapse is not None:
+            check_collapse(number, figures, start, joint.collapse)
+        return figures
 
-    result = fit(
-        {"recommender": recommender, "sids": live},
-        optimizer,
-        cosine(optimizer, stage.optim.warmup_steps, steps),
-        batches,
-        step,
-        validate,
-        stage.loop,
-        select="valid_N@10",
-        generator=generator,
-        log=log,
-        save=save,
-        resume=resume,
-    )
+    try:
+        result = fit(
+            {"recommender": recommender, "sids": live},
+            optimizer,
+            cosine(optimizer, stage.optim.warmup_steps, steps),
+            batches,
+            step,
+            validate,
+            stage.loop,
+            select="valid_N@10",
+            generator=generator,
+            log=log,
+            save=save,
+            resume=resume,
+        )
+    except Halt as halt:
+        raise CollapseError(f"{halt}; no earlier epoch was validated, so there is nothing to keep") from halt
     live.load_state_dict(result.best["sids"])
+    metrics = dict(result.metrics)
+    if result.halted:
+        metrics["sids/collapsed_at_epoch"] = float(result.halted[0])
     provenance = Provenance(
         config=config.model_dump(mode="json"),
         parents={
@@ -271,7 +337,7 @@ def train_jointly(
         module,
         embeddings=embeddings.fingerprint,
         steps=tokenizer.steps + result.step,
-        metrics={name: value for name, value in result.metrics.items() if name.startswith("sids/")},
+        metrics={name: value for name, value in metrics.items() if name.startswith("sids/")},
         provenance=provenance,
     )
     table = live.table(trained.fingerprint, provenance)
@@ -284,25 +350,83 @@ def train_jointly(
             sids=table.fingerprint,
             step=result.step,
             epoch=result.epoch,
-            metrics=result.metrics,
+            metrics=metrics,
             provenance=provenance,
         ),
+        result.halted and result.halted[1],
     )
 
 
-def check_nearest(live: LiveSids) -> None:
-    """Refuse a table of other than nearest codes: the first refresh would replace it without a word."""
-    nearest = residual_codes(live.latents(), list(live.tokenizer.codebooks))
-    differs = float((nearest != live.codes).any(dim=1).float().mean())
+def sigma_group(noise: nn.Module, config: ExplorationConfig) -> list[dict[str, Any]]:
+    """Return the optimiser's group of a learned noise scale, with a rate of its own; none where none is learned."""
+    if not isinstance(config, SdudConfig | SdudFrqudConfig):
+        return []
+    return [{"params": list(noise.parameters()), "lr": config.sigma_lr, "weight_decay": 0.0}]
+
+
+def check_rule(live: LiveSids) -> None:
+    """Refuse a table that another rule made: the first refresh would replace it without a word."""
+    differs = float((live.assigned() != live.codes).any(dim=1).float().mean())
     if differs > STRAY:
+        rule = live.rule.assignment
         raise ArtifactError(
-            f"{differs:.0%} of the items do not have their nearest codes in the SidTable; joint training refreshes "
-            "the table to nearest codes, so start from a table made with sids.assignment=nearest"
+            f"{differs:.0%} of the items have other codes in the SidTable than assignment={rule} gives them, by which "
+            f"joint training refreshes the table: start from a table made with sids.assignment={rule}, or change "
+            "joint.refresh.assignment"
         )
 
 
-def agreements(quantized: Quantized, table_UL: Tensor) -> dict[str, Tensor]:
-    """Return by level how often drawn, nearest and table codes agree, and the mean top probability.
+def check_collapse(
+    epoch: int, figures: Mapping[str, float], start: Mapping[str, float], config: CollapseConfig
+) -> None:
+    """Halt training if a level's perplexity has fallen too far below its start; name epoch, level and figure."""
+    for name, first in start.items():
+        if name.startswith("sids/perplexity/") and figures[name] < config.min_perplexity * first:
+            level = name.removeprefix("sids/perplexity/level")
+            raise Halt(
+                f"epoch {epoch}: the codes of level {level} collapse, perplexity {figures[name]:.1f} of {first:.1f} "
+                f"at the start (wanted at least {config.min_perplexity:.0%} of it); lower tokenizer_lr, add noise or "
+                "set suffix_cost",
+                figures,
+            )
+
+
+def target_shares(batch: SequenceBatch, positions: Literal["all", "last"]) -> Tensor:
+    """Return how often each unique item (U,) is predicted in a batch, as shares that sum to 1."""
+    predicted = batch.target
+    if positions == "all":
+        later = batch.mask.clone()
+        later[:, 0] = False
+        predicted = torch.cat([batch.items[later], predicted])
+    return torch.bincount(predicted, minlength=len(batch.unique)) / len(predicted)
+
+
+def gradient_figures(parts: Mapping[str, Tensor], codebooks: Sequence[Tensor]) -> dict[str, float]:
+    """Measure by level what each part of the loss asks of the codebooks: norms, and a cosine.
+
+    The cosine is that of the recommendation's gradient with the sum of all others: below 0 they pull apart.
+    """
+    gradients = {}
+    for name, part in parts.items():
+        found = torch.autograd.grad(part, codebooks, retain_graph=True, allow_unused=True)
+        gradients[name] = [
+            torch.zeros_like(book) if g is None else g for g, book in zip(found, codebooks, strict=True)
+        ]
+    figures = {}
+    for level in range(len(codebooks)):
+        for name, by_level in gradients.items():
+            figures[f"codebook_gradient/{name}/level{level + 1}"] = float(by_level[level].norm())
+        own = gradients["recommendation"][level]
+        others = torch.stack([g[level] for name, g in gradients.items() if name != "recommendation"]).sum(
+            dim=0
+        )
+        cosine_ = torch.nn.functional.cosine_similarity(own.flatten(), others.flatten(), dim=0)
+        figures[f"gradient_cosine/level{level + 1}"] = float(cosine_)
+    return figures
+
+
+def exploration_figures(quantized: Quantized, table_UL: Tensor) -> dict[str, Tensor]:
+    """Return by level how codes are drawn: agreements, top probability, who explores, and how much.
 
     Drawn against nearest says how much is explored: near 1/K codes are random, near 1 noise does nothing.
     """
@@ -310,9 +434,13 @@ def agreements(quantized: Quantized, table_UL: Tensor) -> dict[str, Tensor]:
     for level, soft_UK in enumerate(quantized.probabilities):
         name = f"level{level + 1}"
         drawn, nearest = quantized.codes[:, level], quantized.greedy[:, level]
+        noise_U = quantized.noise[:, level]
         figures[f"agree/drawn_nearest/{name}"] = (drawn == nearest).float().mean()
         figures[f"agree/nearest_table/{name}"] = (nearest == table_UL[:, level]).float().mean()
-        figures[f"top_probability/{name}"] = soft_UK.amax(dim=-1).mean()
+        figures[f"agree/drawn_table/{name}"] = (drawn == table_UL[:, level]).float().mean()
+        figures[f"top_probability/{name}"] = soft_UK.detach().amax(dim=-1).mean()
+        figures[f"hot_share/{name}"] = (noise_U > 0).float().mean()
+        figures[f"noise/{name}"] = noise_U.mean()
     return figures
 
 

@@ -34,6 +34,14 @@ class LoopConfig(Config):
     """Steps between two logged losses, which are means since the last; an epoch's remainder is logged at its end."""
 
 
+class Halt(Exception):
+    """Raised by a validation that finds training no longer worth going on with; carries what it measured."""
+
+    def __init__(self, reason: str, figures: Mapping[str, float]) -> None:
+        super().__init__(reason)
+        self.figures = dict(figures)
+
+
 class FitResult(NamedTuple):
     """What a training run leaves behind."""
 
@@ -45,6 +53,8 @@ class FitResult(NamedTuple):
     """Steps taken when ``best`` was taken."""
     metrics: dict[str, float]
     """Validation figures of ``best``."""
+    halted: tuple[int, str] | None = None
+    """Epoch at which a validation ended the run, and why; ``best`` is then of an epoch before."""
 
 
 def device_of(choice: Device) -> torch.device:
@@ -97,8 +107,8 @@ def fit(
     step : callable
         Batch to named scalar losses; ``"loss"`` is minimised, the others are logged.
     validate : callable
-        Number of epochs trained to figures; after every ``validate_every`` epochs and the last. May raise to stop
-        a collapse.
+        Number of epochs trained to figures; after every ``validate_every`` epochs and the last. ``Halt`` ends the
+        run at the best state so far.
     config : LoopConfig
         Length, patience, clipping.
     select : str
@@ -113,6 +123,13 @@ def fit(
     Returns
     -------
     FitResult
+
+    Raises
+    ------
+    Halt
+        The first validation halted: there is no earlier state to return.
+    FloatingPointError
+        The loss is no longer finite.
     """
     epoch, steps, waited = 0, 0, 0
     best: FitResult | None = None
@@ -145,8 +162,14 @@ def fit(
 
         for module in modules.values():
             module.eval()
-        with torch.no_grad():
-            figures = dict(validate(epoch))
+        try:
+            with torch.no_grad():
+                figures = dict(validate(epoch))
+        except Halt as halt:
+            log(steps, {"epoch": epoch, **since_epoch.take(steps), **halt.figures})
+            if best is None:
+                raise
+            return best._replace(halted=(epoch, str(halt)))
         log(steps, {"epoch": epoch, **since_epoch.take(steps), **figures})
         if best is None or figures[select] > best.metrics[select]:
             best, waited = FitResult(_states(modules), epoch, steps, figures), 0

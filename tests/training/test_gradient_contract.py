@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from components.data.batches import held_out_rows, pad
-from components.exploration import GumbelConfig, HardConfig, SteConfig, build_exploration
+from components.exploration import (
+    FrqudConfig,
+    GumbelConfig,
+    NoNoiseConfig,
+    SdudConfig,
+    SdudFrqudConfig,
+    SteConfig,
+)
 from components.recommenders.build import build_recommender
 from components.recommenders.causal import CausalConfig
 from components.recommenders.tiger import TigerConfig
-from components.tokenizers.build import load_tokenizer
 from components.tokenizers.rqvae import RqVaeConfig
 from components.tokenizers.sids import SidConfig, assign
 from components.tokenizers.sources import LiveSids, Paths
@@ -22,18 +28,18 @@ SIZE: dict[str, Any] = dict(dim=16, layers=1, heads=2, head_dim=8, hidden=32, dr
 MODELS = [CausalConfig(**SIZE), TigerConfig(**SIZE)]
 ALL = Paths(history=True, teacher_forcing=True, target=True)
 NONE = Paths(history=False, teacher_forcing=False, target=False)
-
-
-def _live(tiny, exploration, paths: Paths, tokenizer=None, sids=None, **settings: Any) -> LiveSids:
-    return LiveSids(
-        load_tokenizer(tokenizer or tiny.tokenizer),
-        tiny.embeddings.matrix,
-        sids or tiny.sids,
-        build_exploration(exploration),
-        paths,
-        **{"residual": "sampled", "top_probability": 0.5, "train_encoder": False} | settings,
-        generator=torch.Generator().manual_seed(0),
-    )
+# Momentum 0: the shares are those of this batch, so that some codes are hot from the first step on.
+KINDS = [
+    NoNoiseConfig(),
+    SteConfig(),
+    GumbelConfig(),
+    GumbelConfig(noise=3.0, tau=2.0),
+    GumbelConfig(forward="sample"),
+    SdudConfig(),
+    FrqudConfig(momentum=0.0),
+    FrqudConfig(momentum=0.0, scope="item"),
+    SdudFrqudConfig(momentum=0.0),
+]
 
 
 def _loss(tiny, live: LiveSids, model) -> torch.Tensor:
@@ -50,27 +56,21 @@ def _norms(live: LiveSids) -> list[float | None]:
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.kind)
-@pytest.mark.parametrize(
-    "exploration", [SteConfig(), GumbelConfig(), GumbelConfig(noise=3.0, tau=2.0)], ids=str
-)
+@pytest.mark.parametrize("exploration", KINDS, ids=str)
 @pytest.mark.parametrize("residual", ["sampled", "table"])
-def test_recommendation_loss_alone_reaches_every_codebook(tiny, model, exploration, residual) -> None:
-    live = _live(tiny, exploration, ALL, residual=residual)
+def test_recommendation_loss_alone_reaches_every_codebook(
+    tiny, live_sids, model, exploration, residual
+) -> None:
+    live = live_sids(exploration, ALL, residual=residual)
     _loss(tiny, live, model).backward()
     norms = _norms(live)
     assert all(norm is not None and FLOOR < norm < float("inf") for norm in norms), norms
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.kind)
-def test_hard_codes_get_no_gradient(tiny, model) -> None:
-    live = _live(tiny, HardConfig(), ALL)
-    _loss(tiny, live, model).backward()
-    assert _norms(live) == [None, None, None]
-
-
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.kind)
-def test_all_paths_detached_is_the_historical_routing(tiny, model) -> None:
-    live = _live(tiny, GumbelConfig(), NONE)
+@pytest.mark.parametrize("exploration", KINDS, ids=str)
+def test_all_paths_detached_send_nothing(tiny, live_sids, model, exploration) -> None:
+    live = live_sids(exploration, NONE)
     _loss(tiny, live, model).backward()
     assert _norms(live) == [None, None, None]
 
@@ -87,23 +87,23 @@ def test_all_paths_detached_is_the_historical_routing(tiny, model) -> None:
     ],
     ids=["causal-input", "causal-target", "tiger-history", "tiger-forcing", "tiger-target"],
 )
-def test_each_path_alone_reaches_the_assignment(tiny, model, paths, deepest) -> None:
-    live = _live(tiny, GumbelConfig(), paths)
+def test_each_path_alone_reaches_the_assignment(tiny, live_sids, model, paths, deepest) -> None:
+    live = live_sids(GumbelConfig(), paths)
     _loss(tiny, live, model).backward()
     norms = _norms(live)
     assert all(norm is not None and norm > FLOOR for norm in norms[:deepest]), norms
 
 
-def test_causal_refuses_to_split_what_it_reads_in_one_token(tiny) -> None:
-    live = _live(tiny, GumbelConfig(), Paths(history=True, teacher_forcing=False))
+def test_causal_refuses_to_split_what_it_reads_in_one_token(tiny, live_sids) -> None:
+    live = live_sids(GumbelConfig(), Paths(history=True, teacher_forcing=False))
     with pytest.raises(ValueError, match="history and as teacher forcing in one token"):
         _loss(tiny, live, MODELS[0])
 
 
-def test_target_weight_scales_only_the_gradient_through_the_target(tiny) -> None:
+def test_target_weight_scales_only_the_gradient_through_the_target(tiny, live_sids) -> None:
     gradients = []
     for weight in (1.0, 0.25):
-        live = _live(tiny, GumbelConfig(), Paths(False, False, True, target_weight=weight))
+        live = live_sids(GumbelConfig(), Paths(False, False, True, target_weight=weight))
         loss = _loss(tiny, live, MODELS[1])
         loss.backward()
         gradients.append((loss.item(), [book.grad for book in live.tokenizer.codebooks]))
@@ -124,10 +124,10 @@ def trained_rqvae(tiny):
     return tokenizer, assign(tokenizer, tiny.embeddings, SidConfig(suffix_size=64))
 
 
-def test_on_trained_latents_the_gradient_is_not_a_trickle(tiny, trained_rqvae) -> None:
+def test_on_trained_latents_the_gradient_is_not_a_trickle(tiny, live_sids, trained_rqvae) -> None:
     """A saturated assignment passes the floor and teaches nothing: compare with the tokenizer's own losses."""
     tokenizer, sids = trained_rqvae
-    live = _live(tiny, GumbelConfig(), ALL, tokenizer, sids)
+    live = live_sids(GumbelConfig(), ALL, tokenizer=tokenizer, sids=sids)
     _loss(tiny, live, MODELS[0]).backward()
     from_recommender = _norms(live)
     live.zero_grad()
@@ -141,9 +141,9 @@ def test_on_trained_latents_the_gradient_is_not_a_trickle(tiny, trained_rqvae) -
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])
-def test_encoder_learns_only_when_asked(tiny, trained_rqvae, train_encoder) -> None:
+def test_encoder_learns_only_when_asked(tiny, live_sids, trained_rqvae, train_encoder) -> None:
     tokenizer, sids = trained_rqvae
-    live = _live(tiny, GumbelConfig(), ALL, tokenizer, sids, train_encoder=train_encoder)
+    live = live_sids(GumbelConfig(), ALL, tokenizer=tokenizer, sids=sids, train_encoder=train_encoder)
     _loss(tiny, live, MODELS[0]).backward()
     gradients = [p.grad for name, p in live.tokenizer.named_parameters() if name.startswith("encoder.")]
     assert all((g is not None and float(g.norm()) > FLOOR) == train_encoder for g in gradients)

@@ -6,7 +6,7 @@ import torch
 from components.artifacts import RecommenderCheckpoint, SidTable
 from components.data.batches import held_out_rows
 from components.data.planted import best_recall
-from components.exploration import GumbelConfig, HardConfig
+from components.exploration import GumbelConfig, NoNoiseConfig
 from components.folders import ArtifactError
 from components.metrics.ranking import contributions, ranks_in_lists
 from components.recommenders.build import load_recommender
@@ -16,7 +16,7 @@ from components.recommenders.tiger import TigerConfig
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.sids import SidConfig, assign, table_symbols
 from components.tokenizers.trie import build_trie
-from components.training.joint import JointConfig, JointStage, PathsConfig, train_jointly
+from components.training.joint import JointConfig, JointStage, PathsConfig, RefreshConfig, train_jointly
 from components.training.loop import LoopConfig
 from components.training.recommender import OptimConfig, RecommenderStage, train_recommender
 
@@ -133,9 +133,9 @@ def test_high_tokenizer_lr_moves_items_and_the_figures_say_so(tiny) -> None:
     assert result.sids.fingerprint != tiny.sids.fingerprint
 
 
-def test_without_surrogate_the_recommendation_loss_leaves_the_codes_alone(tiny) -> None:
+def test_with_historical_routing_the_recommendation_loss_leaves_the_codes_alone(tiny) -> None:
     stage = JointStage(
-        exploration=HardConfig(),
+        routing="historical",
         tokenizer_lr=0.1,
         codebook_weight=0,
         commitment_weight=0,
@@ -170,15 +170,15 @@ def test_paths_that_a_recommender_cannot_split_are_refused_in_the_config() -> No
 
 def test_a_table_that_the_first_refresh_would_replace_is_refused(tiny) -> None:
     balanced = assign(tiny.tokenizer, tiny.embeddings, SidConfig(assignment="sinkhorn", suffix_size=64))
-    with pytest.raises(ArtifactError, match="% of the items do not have their nearest codes"):
+    with pytest.raises(ArtifactError, match="% of the items have other codes in the SidTable"):
         train_jointly(
             tiny.split, tiny.embeddings, tiny.tokenizer, balanced, JointConfig(recommender=STAGE), _ignore
         )
 
 
 def test_a_table_is_never_validated_without_the_codebooks_that_made_it() -> None:
-    with pytest.raises(ValueError, match="refresh_every 2 must divide validate_every 1 and epochs 2"):
-        JointConfig(recommender=STAGE, joint=JointStage(refresh_every=2))
+    with pytest.raises(ValueError, match="refresh.every 2 must divide validate_every 1 and epochs 2"):
+        JointConfig(recommender=STAGE, joint=JointStage(refresh=RefreshConfig(every=2)))
 
 
 def test_artefacts_of_different_runs_are_refused(tiny, joint) -> None:
@@ -197,7 +197,7 @@ def test_artefacts_of_different_runs_are_refused(tiny, joint) -> None:
 def test_joint_without_gradient_is_the_two_stage_run_bit_for_bit(tiny) -> None:
     """Same seed, same start, same batches: what a pair of arms differs by is the method alone."""
     stage = JointStage(
-        exploration=HardConfig(), codebook_weight=0, commitment_weight=0, latent_reconstruction_weight=0
+        routing="historical", codebook_weight=0, commitment_weight=0, latent_reconstruction_weight=0
     )
     frozen = train_recommender(tiny.split, tiny.sids, STAGE, _ignore)
     config = JointConfig(recommender=STAGE, joint=stage)
@@ -210,7 +210,7 @@ def test_joint_without_gradient_is_the_two_stage_run_bit_for_bit(tiny) -> None:
 def test_noise_does_not_change_the_batches(tiny) -> None:
     """The stream of the batches is not the stream of the noise: arms see the same batches in the same order."""
     seen = []
-    for exploration in (HardConfig(), GumbelConfig()):
+    for exploration in (NoNoiseConfig(), GumbelConfig()):
         states: list = []
         config = JointConfig(recommender=STAGE, joint=JointStage(exploration=exploration))
         train_jointly(
