@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,flyte,dev]'
 	@touch $(STAMP)
 
-.PHONY: install keys run test check format ui bench clean help
+.PHONY: install keys run ablation test check format ui bench clean help
 install: $(STAMP) ## create .venv with the pinned dependencies
 
 keys: $(STAMP) ## explain every setting with its default (SECTION=joint)
@@ -29,6 +29,12 @@ run: $(STAMP) ## train, compare and report on the shipped sample (PRESET=quickst
 	@mkdir -p .sidflow && $(BIN)/python -m workflows.resolve $(PRESET) $(SET) > .sidflow/config.draft \
 		&& mv .sidflow/config.draft .sidflow/config.yaml
 	@$(BIN)/pyflyte run workflows/joint.py joint --config .sidflow/config.yaml
+
+ablation: PRESET = ablation
+ablation: $(STAMP) ## compare arms over seeds, one table and one figure (PRESET=ablation, SET="seeds=[0]")
+	@mkdir -p .sidflow && $(BIN)/python -m workflows.resolve --ablation $(PRESET) $(SET) > .sidflow/ablation.draft \
+		&& mv .sidflow/ablation.draft .sidflow/ablation.yaml
+	@$(BIN)/pyflyte run workflows/ablation.py ablation --config .sidflow/ablation.yaml
 
 test: $(STAMP) ## run the default test suite
 	$(BIN)/python -m pytest

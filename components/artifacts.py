@@ -303,6 +303,32 @@ class RecommenderCheckpoint(Artifact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SasRecCheckpoint(Artifact):
+    """Weights of SASRec over ``num_items`` item ids; ``split`` is the fingerprint of what it was trained on."""
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    num_items: int
+    split: str
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+
+    def check_split(self, split: SequenceSplit) -> None:
+        """Refuse another catalogue, and another way of holding out: test targets may have been trained on."""
+        if split.num_items != self.num_items:
+            raise ArtifactError(
+                f"SasRecCheckpoint scores {self.num_items} items, the SequenceSplit has {split.num_items}: "
+                "they come from different catalogues; train SASRec on this split"
+            )
+        if split.fingerprint != self.split:
+            raise ArtifactError(
+                f"SasRecCheckpoint was trained on SequenceSplit {self.split[:12]}, got {split.fingerprint[:12]}: "
+                "its ids may mean other items, and it may have learned test targets; train SASRec on this split"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationReport(Artifact):
     """One rank a user, and the metrics that follow from the ranks.
 
@@ -434,3 +460,73 @@ def _check_row_is_item(name: str, frame: pl.DataFrame) -> None:
         raise ArtifactError(
             f"{name} row {wrong['row'][0]}: holds item {wrong['item_id'][0]}, row number is item id"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Artifact):
+    """Arms over seeds: every value, what becomes of it over the seeds, and the codes behind it.
+
+    ``runs``: values over all test users; baselines that no seed changes have a null seed.
+    ``summary``: over seeds, ``difference`` is ``arm`` minus ``against``, seed by seed; errors of one seed are null.
+    ``codes`` and ``tables``: the SID table of each arm and seed, by level and as a whole.
+    ``users`` and ``items`` are counts, ``seeds`` the seeds, ``split`` a fingerprint.
+    """
+
+    SCHEMAS = {
+        "runs": pl.Schema(
+            {
+                "arm": pl.String(),
+                "method": pl.String(),
+                "seed": pl.Int64(),
+                "seen": pl.String(),
+                "metric": pl.String(),
+                "value": pl.Float64(),
+            }
+        ),
+        "summary": pl.Schema(
+            {
+                "arm": pl.String(),
+                "method": pl.String(),
+                "against": pl.String(),
+                "seen": pl.String(),
+                "metric": pl.String(),
+                "seeds": pl.UInt32(),
+                "mean": pl.Float64(),
+                "standard_error": pl.Float64(),
+                "difference": pl.Float64(),
+                "difference_se": pl.Float64(),
+                "low": pl.Float64(),
+                "high": pl.Float64(),
+                "adopted": pl.Boolean(),
+            }
+        ),
+        "codes": pl.Schema(
+            {
+                "arm": pl.String(),
+                "seed": pl.Int64(),
+                "level": pl.UInt8(),
+                "codebook_size": pl.UInt32(),
+                "codes_in_use": pl.UInt32(),
+                "perplexity": pl.Float64(),
+            }
+        ),
+        "tables": pl.Schema(
+            {
+                "arm": pl.String(),
+                "seed": pl.Int64(),
+                "distinct": pl.UInt32(),
+                "collision_rate": pl.Float64(),
+                "largest_group": pl.UInt32(),
+                "verdict": pl.String(),
+                "collapsed_at_epoch": pl.UInt32(),
+            }
+        ),
+    }
+    runs: pl.DataFrame
+    summary: pl.DataFrame
+    codes: pl.DataFrame
+    tables: pl.DataFrame
+    users: int
+    items: int
+    seeds: list[int]
+    split: str

@@ -17,6 +17,7 @@ from components.artifacts import (
     InteractionLog,
     ItemCatalog,
     RecommenderCheckpoint,
+    SasRecCheckpoint,
     SidTable,
 )
 from components.embeddings import LsaConfig, fit_encoder
@@ -40,6 +41,28 @@ def test_every_kind_comes_back_as_it_was(tiny, tmp_path: Path) -> None:
         assert again.provenance == artifact.provenance
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["kind"] == artifact.kind() and manifest["format_version"] == 1
+
+
+def test_sasrec_comes_back_as_it_was_and_knows_its_split(tiny, tmp_path: Path) -> None:
+    checkpoint = SasRecCheckpoint(
+        weights={"items": torch.arange(6.0).view(3, 2)},
+        config={"dim": 2},
+        num_items=tiny.split.num_items,
+        split=tiny.split.fingerprint,
+        step=7,
+        epoch=2,
+        metrics={"valid_N@10": 0.25},
+        provenance=Provenance(seed=1, parents={"SequenceSplit": tiny.split.fingerprint}),
+    )
+    checkpoint.save(tmp_path / "sasrec")
+    again = SasRecCheckpoint.load(tmp_path / "sasrec")
+    assert again.fingerprint == checkpoint.fingerprint and again.provenance == checkpoint.provenance
+    assert torch.equal(again.weights["items"], checkpoint.weights["items"])
+    again.check_split(tiny.split)
+    with pytest.raises(ArtifactError, match="scores 120 items, the SequenceSplit has 130"):
+        again.check_split(dataclasses.replace(tiny.split, num_items=130))
+    with pytest.raises(ArtifactError, match="its ids may mean other items"):
+        again.check_split(dataclasses.replace(tiny.split, catalog="another"))
 
 
 def test_saving_twice_writes_the_same_bytes(tiny, tmp_path: Path) -> None:

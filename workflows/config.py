@@ -1,18 +1,19 @@
 """The settings of a whole pipeline: a section for each stage."""
 
-from typing import Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from components.config import Config
 from components.data.ingest import IngestConfig
 from components.data.splits import SplitConfig
 from components.metrics.compare import CompareConfig
-from components.metrics.report import EvaluateConfig
+from components.metrics.report import BASELINES, EvaluateConfig
 from components.metrics.sids import CollisionConfig
 from components.tokenizers.sids import SidConfig
 from components.training.joint import JointConfig, JointStage
 from components.training.recommender import RecommenderStage
+from components.training.sasrec import SasRecStage
 from components.training.tokenizer import TokenizerStage
 from tasks.data import EmbeddingStage
 
@@ -57,3 +58,112 @@ class PipelineConfig(Config):
                 "smallest of tokenizer.model.codebook_sizes: raise it, or take larger codebooks"
             )
         return self
+
+
+CHANGES = {
+    "two_stage": ("tokenizer", "sids", "collisions", "recommender"),
+    "joint": ("tokenizer", "sids", "collisions", "recommender", "joint"),
+    "sasrec": ("sasrec",),
+}
+"""Sections that an arm of each method may change; all arms share data, embeddings and evaluation."""
+SEEDED = ("tokenizer", "recommender", "sasrec")
+"""Sections whose ``seed`` is the one that the arm is run with."""
+
+
+Key = Annotated[str, Field(min_length=1)]
+"""A dotted path. Written so because flytekit would pickle a ``dict[str, Any]`` and keeps other mappings as JSON."""
+
+
+class Arm(Config):
+    """One line of an ablation: a method, and what it changes in the settings that all arms share."""
+
+    name: str = Field(min_length=1, max_length=40, pattern=r"^[\w.\- ]+$")
+    """What tables call it: letters, digits, spaces, dots and dashes."""
+    method: Literal["two_stage", "joint", "sasrec"]
+    """two_stage: recommender on frozen SIDs. joint: tokenizer and recommender together. sasrec: over item ids."""
+    settings: dict[Key, Any] = Field(default_factory=dict)
+    """What this arm changes, by dotted key; a mapping as the value replaces the whole section, which is how a section
+    of another ``kind`` is written."""
+    against: str | None = None
+    """Arm that the paired difference is taken to; null: the first two_stage arm."""
+
+
+class Recipe(PipelineConfig):
+    """The settings of one arm at one seed."""
+
+    sasrec: SasRecStage = SasRecStage()
+    """SASRec, the baseline over item ids; read by the ablation workflow."""
+
+
+class AblationConfig(Recipe):
+    """A matrix of arms and seeds over the settings of one pipeline."""
+
+    arms: list[Arm] = Field(min_length=1)
+    """What is compared, the plainer method first."""
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    """Each arm is trained once with each: weights, batches, noise and k-means; differences are paired by seed."""
+
+    @model_validator(mode="after")
+    def _arms_fit(self) -> Self:
+        names = [arm.name for arm in self.arms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two arms are named {name!r}: names must differ")
+            if name in BASELINES:
+                raise ValueError(f"arm {name!r}: the name is a baseline's, which is in the table anyway")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must differ and be >= 0, got {self.seeds}")
+        for arm in self.arms:
+            if arm.against == arm.name or (arm.against is not None and arm.against not in names):
+                raise ValueError(
+                    f"arm {arm.name!r}: against {arm.against!r} must name another arm of {names}"
+                )
+            self.resolve(arm, self.seeds[0])
+        return self
+
+    def against(self, arm: Arm) -> str | None:
+        """Return the name of the arm that another is compared with; None for the first two_stage arm itself."""
+        plain = next((other.name for other in self.arms if other.method == "two_stage"), None)
+        return arm.against or (plain if plain != arm.name else None)
+
+    def resolve(self, arm: Arm, seed: int) -> Recipe:
+        """Return the settings of one arm at one seed.
+
+        Raises
+        ------
+        ValueError
+            A setting of the arm does not fit; the message names arm, key and rule.
+        """
+        values = self.model_dump(mode="json", exclude={"arms", "seeds"})
+        for path, value in arm.settings.items():
+            self._change(values, arm, path, value)
+        for section in SEEDED:
+            values[section]["seed"] = seed
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:
+            rules = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(
+                f"arm {arm.name!r}: {rules} (to change a kind, give its whole section as a mapping)"
+            ) from None
+
+    @staticmethod
+    def _change(values: dict[str, Any], arm: Arm, path: str, value: Any) -> None:
+        """Set one dotted key in place."""
+        section, *_ = keys = path.split(".")
+        if section not in CHANGES[arm.method]:
+            raise ValueError(
+                f"arm {arm.name!r}: {path!r} is not its to change; a {arm.method} arm may change "
+                + ", ".join(CHANGES[arm.method])
+            )
+        if section in SEEDED and (keys[1:] == ["seed"] or len(keys) == 1):
+            raise ValueError(
+                f"arm {arm.name!r}: {path!r} would set a seed, which `seeds` does for all arms; "
+                f"name the keys below {section}"
+            )
+        node = values
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"arm {arm.name!r}: {path!r} runs through {key!r}, a plain value")
+        node[keys[-1]] = value

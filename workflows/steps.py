@@ -1,4 +1,4 @@
-"""The steps that both workflows take, wired once. These functions build nodes; they are no tasks."""
+"""The steps that workflows share, wired once. These functions build nodes; they are no tasks."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,24 @@ from tasks.evaluation import evaluate_baselines, evaluate_recommender
 from tasks.recommender import fit_recommender
 from tasks.tokenizer import analyze_collisions, assign_sids, fit_tokenizer
 from workflows.embed_items import embed_items
+
+
+class Data(NamedTuple):
+    """What no method changes: the data, split, and a vector for every item."""
+
+    log: Promise
+    catalog: Promise
+    split: Promise
+    encoder: Promise
+    embeddings: Promise
+
+
+def read_data(config: Promise, run_id: Promise) -> Data:
+    """Read and split the data and embed the items."""
+    log, catalog = ingest(config=config.ingest, run_id=run_id)
+    held = split(log=log, catalog=catalog, config=config.split, run_id=run_id)
+    encoder, embeddings = embed_items(catalog=catalog, config=config.embedding, run_id=run_id)
+    return Data(log, catalog, held, encoder, embeddings)
 
 
 class Named(NamedTuple):
@@ -26,9 +44,7 @@ class Named(NamedTuple):
 
 def name_items(config: Promise, run_id: Promise) -> Named:
     """Read the data, embed the items, learn codebooks and give every item its SID."""
-    log, catalog = ingest(config=config.ingest, run_id=run_id)
-    held = split(log=log, catalog=catalog, config=config.split, run_id=run_id)
-    encoder, embeddings = embed_items(catalog=catalog, config=config.embedding, run_id=run_id)
+    log, catalog, held, encoder, embeddings = read_data(config, run_id)
     tokenizer = fit_tokenizer(embeddings=embeddings, config=config.tokenizer, run_id=run_id)
     sids = assign_sids(tokenizer=tokenizer, embeddings=embeddings, config=config.sids, run_id=run_id)
     collisions = analyze_collisions(

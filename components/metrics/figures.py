@@ -1,15 +1,20 @@
 """Figures of a run. Each function returns a matplotlib figure of its own and touches no global state."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
-from components.artifacts import CollisionReport, Comparison
+from components.artifacts import Ablation, CollisionReport, Comparison
 from components.metrics.sids import group_sizes
 
 # Okabe and Ito's palette: told apart by readers with any kind of colour vision, and in grey.
@@ -27,6 +32,17 @@ LINES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 DASHES = ("-", "--", ":")
 SPREAD = 30.0
 """Curves of one panel whose typical values differ by more than this factor get a logarithmic axis."""
+GREY = "#777777"
+ARMS = {"two_stage": BLUE, "joint": RED}
+ARM_NAMES = {"two_stage": "two-stage", "joint": "joint"}
+NEAR = 0.35
+"""A line further from the arms than this share of their range is named at the panel's edge."""
+BEHIND = 1.0
+"""Z-order of lines that run behind the arms."""
+LEADER = 11.0
+"""Points between a mark and its name beyond which a thin line joins them."""
+SWEEPS = 6
+"""Most rounds in which names look for a better place."""
 MARKS = {"kept": ("o", BLUE), "excluded": ("s", RED)}
 
 
@@ -214,6 +230,8 @@ def comparison_figure(comparison: Comparison, metrics: Sequence[str] = ("R@10", 
             raise ValueError(f"the comparison holds no {metric}; it holds {sorted(set(rows['metric']))}")
         for (seen, (mark, colour)), shift in zip(MARKS.items(), (-0.14, 0.14), strict=True):
             part = panel.filter(pl.col("seen") == seen)
+            if not len(part):
+                continue
             height = [methods.index(method) + shift for method in part["method"]]
             ax.hlines(height, part["low"], part["high"], color=colour, linewidth=2, alpha=0.45)
             ax.plot(
@@ -245,6 +263,224 @@ def comparison_figure(comparison: Comparison, metrics: Sequence[str] = ("R@10", 
         labelcolor=INK,
     )
     return figure
+
+
+def ablation_figure(ablation: Ablation, metric: str = "R@10") -> Figure:
+    """Draw every arm's value against the strings of codes that tell its items apart, a panel a treatment of seen items.
+
+    Large marks are means over seeds with their standard error, small ones the seeds. Methods without codes are
+    horizontal lines; one that lies far from all arms is named at the edge instead, so that arms stay apart.
+
+    Raises
+    ------
+    ValueError
+        The ablation lacks the metric.
+    """
+    rows = ablation.summary.filter(pl.col("metric") == metric)
+    if not len(rows):
+        raise ValueError(
+            f"the ablation holds no {metric}; it holds {sorted(set(ablation.summary['metric']))}"
+        )
+    blocks = [seen for seen in MARKS if seen in rows["seen"]]
+    figure = Figure(figsize=(9.6 * len(blocks), 6.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # labels are placed by their size in pixels
+    axes = figure.subplots(1, len(blocks), squeeze=False)[0]
+    for ax, seen in zip(axes, blocks, strict=True):
+        _draw_arms(ax, ablation, rows.filter(seen=seen))
+        ax.set_title(f"{metric}, seen items {seen}", loc="left", fontsize=11, color=INK)
+    if len(ablation.tables):
+        _explain_arms(figure, ablation)
+    figure.draw_without_rendering()
+    for ax in axes:
+        _label_points(ax)
+    return figure
+
+
+def _draw_arms(ax: Axes, ablation: Ablation, rows: pl.DataFrame) -> None:
+    """Draw arms as points and methods without codes as lines; ``rows`` are of one metric and block."""
+    place = dict(
+        ablation.tables.group_by("arm", maintain_order=True).agg(pl.col("distinct").mean()).iter_rows()
+    )
+    stopped = set(ablation.tables.filter(pl.col("collapsed_at_epoch").is_not_null())["arm"])
+    seeds = ablation.runs.filter(
+        pl.col("metric") == rows["metric"][0], pl.col("seen") == rows["seen"][0]
+    ).join(ablation.tables.select("arm", "seed", "distinct"), on=["arm", "seed"], maintain_order="left")
+    arms = rows.filter(pl.col("arm").is_in(list(place)))
+    for row in arms.iter_rows(named=True):
+        own, colour = seeds.filter(arm=row["arm"]), ARMS[row["method"]]
+        ax.plot(
+            own["distinct"], own["value"], "o", color=colour, markersize=3.5, alpha=0.4, markeredgewidth=0
+        )
+        ax.errorbar(
+            place[row["arm"]],
+            row["mean"],
+            row["standard_error"],
+            fmt="X" if row["arm"] in stopped else "o",
+            color=colour,
+            markersize=8,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            elinewidth=1.5,
+            capsize=0,
+            label=row["arm"],
+        )
+    _clean(ax, grid="y")
+    ax.margins(x=0.09, y=0.09)
+    _draw_lines(ax, rows.filter(~pl.col("arm").is_in(list(place))))
+    ax.set_xlabel(f"distinct strings of content codes, for {ablation.items:,} items")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+
+
+def _draw_lines(ax: Axes, rows: pl.DataFrame) -> None:
+    """Draw methods without codes as lines across the panel, and name those too far off at its edge."""
+    low, high = ax.get_ylim() if ax.has_data() else (rows["mean"].min(), rows["mean"].max())
+    reach = NEAR * (high - low)
+    near = rows.filter(pl.col("mean").is_between(low - reach, high + reach)).sort("mean")
+    far = rows.filter(~pl.col("mean").is_between(low - reach, high + reach)).sort("mean")
+    pad = 0.06 * (max(high, *near["mean"], high) - min(low, *near["mean"], low))
+    ax.set_ylim(min([low, *(near["mean"] - pad)]), max([high, *(near["mean"] + pad)]))
+    for row in near.iter_rows(named=True):
+        ax.axhline(row["mean"], color=GREY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=BEHIND)
+        ax.annotate(
+            row["arm"],
+            (0, row["mean"]),
+            xycoords=ax.get_yaxis_transform(),
+            xytext=(4, 2),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=GREY,
+        )
+    for down in (True, False):
+        names = far.filter((pl.col("mean") < low) if down else (pl.col("mean") > high))
+        if len(names):
+            text = ", ".join(f"{row['arm']} {row['mean']:.3f}" for row in names.iter_rows(named=True))
+            ax.text(
+                0.005,
+                0.015 if down else 0.985,
+                f"{'↓' if down else '↑'} {text}",
+                transform=ax.transAxes,
+                va="bottom" if down else "top",
+                fontsize=8.5,
+                color=GREY,
+            )
+
+
+def _explain_arms(figure: Figure, ablation: Ablation) -> None:
+    """Add the legend: colours are methods, a cross is a training that a collapse has stopped."""
+
+    def mark(colour: str, label: str, shape: str = "o", size: float = 8) -> Line2D:
+        return Line2D([], [], color=colour, marker=shape, linestyle="", markersize=size, label=label)
+
+    methods = set(ablation.summary["method"])
+    handles = [mark(colour, ARM_NAMES[method]) for method, colour in ARMS.items() if method in methods]
+    if ablation.tables["collapsed_at_epoch"].is_not_null().any():
+        handles.append(mark(GREY, "stopped as its codes collapsed", "X"))
+    if len(ablation.seeds) > 1:
+        handles.append(mark(GREY, "one seed", size=4))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+
+
+def _label_points(ax: Axes) -> None:
+    """Write each point's name beside it, where it touches no other name, mark, error bar or line if there is room."""
+    canvas, unit = ax.figure.canvas, ax.figure.dpi / 72
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer = canvas.get_renderer()
+    points = [bars for bars in ax.containers if isinstance(bars, ErrorbarContainer)]
+    if not points:
+        return
+    style: dict[str, Any] = {"fontsize": 9, "ha": "center", "va": "center"}
+    centres_P2 = np.array([ax.transData.transform(bars[0].get_xydata())[0] for bars in points])
+    sizes_P2 = np.zeros_like(centres_P2)
+    for number, bars in enumerate(points):
+        draft = ax.text(0, 0, str(bars.get_label()), **style)
+        sizes_P2[number] = draft.get_window_extent(renderer).size
+        draft.remove()
+    drawn = [bar.get_window_extent(renderer).padded(unit) for bars in points for bar in bars[2]]
+    drawn += [
+        line.get_window_extent(renderer).padded(unit) for line in ax.lines if line.get_zorder() == BEHIND
+    ]
+    drawn += [text.get_window_extent(renderer) for text in ax.texts]
+    dots = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_alpha() is not None]
+    dots_D2 = np.concatenate([*dots, np.zeros((0, 2))])
+    solid_B4 = np.array(
+        [[*c - 5.5 * unit, *c + 5.5 * unit] for c in centres_P2]
+        + [[*c - 2 * unit, *c + 2 * unit] for c in dots_D2]
+        + [box.extents for box in drawn]
+    )
+    places_P2 = _spread(
+        centres_P2, sizes_P2, solid_B4, np.array(ax.get_window_extent(renderer).extents), unit
+    )
+    for bars, centre, place, size in zip(points, centres_P2, places_P2, sizes_P2, strict=True):
+        nearest = np.clip(centre, place - size / 2, place + size / 2)
+        far = np.hypot(*(nearest - centre)) > LEADER * unit
+        leader = {"arrowstyle": "-", "color": bars[0].get_color(), "alpha": 0.6, "linewidth": 0.7}
+        label = ax.annotate(
+            str(bars.get_label()),
+            bars[0].get_xydata()[0],
+            xytext=tuple((place - centre) / unit),
+            textcoords="offset points",
+            color=bars[0].get_color(),
+            arrowprops=leader | {"shrinkA": 0, "shrinkB": 5} if far else None,
+            **style,
+        )
+        label.set_in_layout(False)  # else the panel would shrink to make room, and points would move
+
+
+def _spread(
+    centres_P2: NDArray[np.float64],
+    sizes_P2: NDArray[np.float64],
+    solid_B4: NDArray[np.float64],
+    frame_4: NDArray[np.float64],
+    unit: float,
+) -> NDArray[np.float64]:
+    """Find places for the names of points, (P, 2) middles in pixels.
+
+    Each name in turn takes the cheapest of some hundred places around its point, given where the others are, until
+    none moves. Covering something costs most, then leaving the panel, then distance.
+    """
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    gaps = np.arange(8, 100, 5)
+    turn_C2 = np.stack([np.cos(angles), np.sin(angles)], 1).repeat(len(gaps), 0)
+    gap_C = np.tile(gaps, len(angles)).astype(float)
+    places_P2, boxes_P4 = np.full_like(centres_P2, np.nan), np.full((len(centres_P2), 4), np.nan)
+    for _ in range(SWEEPS):
+        before = places_P2.copy()
+        for p in np.argsort(-centres_P2[:, 1], kind="stable"):
+            half = sizes_P2[p] / 2
+            middle_C2 = centres_P2[p] + turn_C2 * (half + gap_C[:, None] * unit)
+            box_C4 = np.concatenate([middle_C2 - half, middle_C2 + half], 1)
+            others = boxes_P4[(np.arange(len(boxes_P4)) != p) & ~np.isnan(boxes_P4[:, 0])]
+            # Of the leader, the points that stand clear of the mark.
+            way_C2 = np.clip(centres_P2[p], box_C4[:, :2], box_C4[:, 2:]) - centres_P2[p]
+            steps = [centres_P2[p] + share * way_C2 for share in (0.4, 0.6, 0.8)]
+            crossed_C = sum(
+                (_shared(np.concatenate([s - 1, s + 1], 1), np.concatenate([solid_B4, others])) > 0).sum(1)
+                for s in steps
+            )
+            covered_C = (_shared(box_C4, solid_B4) > 0).sum(1) + 3 * (_shared(box_C4, others) > 0).sum(1)
+            outside_C = 1 - _shared(box_C4, frame_4[None])[:, 0] / np.prod(sizes_P2[p])
+            cost_C = covered_C + 10 * outside_C + 0.3 * crossed_C + 0.025 * gap_C
+            best = int(cost_C.argmin())
+            places_P2[p], boxes_P4[p] = middle_C2[best], box_C4[best]
+        if np.array_equal(before, places_P2):
+            break
+    return places_P2
+
+
+def _shared(one_A4: NDArray[np.float64], other_B4: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the areas (A, B) that boxes of left, bottom, right and top share."""
+    low = np.maximum(one_A4[:, None, :2], other_B4[None, :, :2])
+    high = np.minimum(one_A4[:, None, 2:], other_B4[None, :, 2:])
+    area: NDArray[np.float64] = np.clip(high - low, 0, None).prod(-1)
+    return area
 
 
 def _clean(ax: Axes, grid: str = "") -> None:

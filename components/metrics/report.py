@@ -4,7 +4,7 @@ Shapes: U test users, k length of a list, N items of the catalogue.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import polars as pl
@@ -36,6 +36,8 @@ class EvaluateConfig(Config):
     """Cut-offs of recall and NDCG."""
     beams: int = Field(20, ge=1)
     """Length of every method's list: beams of a generative method; a target further down is a miss, also in MRR."""
+    seen: list[Literal["kept", "excluded"]] = Field(["kept", "excluded"], min_length=1)
+    """Rank with the items of the history kept in the lists, excluded from them, or both; each costs one ranking."""
     coverage_k: int = Field(10, ge=1)
     """Catalogue coverage is the share of items that stand in the first so many places of some user's list."""
     batch_size: int = Field(128, ge=1)
@@ -56,7 +58,14 @@ class EvaluateConfig(Config):
             raise ValueError(
                 f"ks and coverage_k must be <= beams: {deepest} places asked of {self.beams} beams"
             )
+        if len(set(self.seen)) < len(self.seen):
+            raise ValueError(f"seen names each treatment once, got {self.seen}")
         return self
+
+    @property
+    def blocks(self) -> list[str]:
+        """The treatments of seen items to evaluate, in the order of all tables."""
+        return [seen for seen in SEEN if seen in self.seen]
 
 
 class Lists(NamedTuple):
@@ -72,7 +81,7 @@ class Lists(NamedTuple):
 
 
 def evaluate_baselines(split: SequenceSplit, config: EvaluateConfig) -> EvaluationReport:
-    """Evaluate popularity and item-kNN on the test targets, with seen items kept and excluded.
+    """Evaluate popularity and item-kNN on the test targets, with seen items kept, excluded or both.
 
     Both learn from the training sequences alone. The item-kNN's recency decay is the one with the best NDCG@10
     on validation; ``details["itemknn"]`` holds it and the score of every decay tried.
@@ -89,7 +98,7 @@ def evaluate_baselines(split: SequenceSplit, config: EvaluateConfig) -> Evaluati
     }
     test, found = split.test, {}
     for name, scorer in methods.items():
-        for seen in SEEN:
+        for seen in config.blocks:
             exact = rank_exactly(
                 scorer,
                 test["history"],
@@ -143,7 +152,7 @@ def evaluate_recommender(
     if name in baselines.ranks["method"]:
         raise ArtifactError(f"method name {name!r} is taken by a baseline; choose another")
     found = {}
-    for seen in SEEN:
+    for seen in config.blocks:
         items = rank_fn(split.test, seen == "excluded").items.cpu().numpy()
         shortest = min(max(*config.ks, config.coverage_k), split.num_items)
         if items.ndim != 2 or len(items) != len(split.test) or items.shape[1] < shortest:

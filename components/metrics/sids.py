@@ -4,6 +4,8 @@ Usage diagnoses collapse and does not rank tokenizers: among healthy tables it s
 recommendation quality. Levels count from 1; entropies are in nats.
 """
 
+from typing import Literal
+
 import polars as pl
 import torch
 from pydantic import Field
@@ -40,6 +42,10 @@ class CollapseError(RuntimeError):
 
 class CollisionConfig(Config):
     """What counts as collapse (the run fails) and as worth a look (the verdict says watch)."""
+
+    on_collapse: Literal["fail", "report"] = "fail"
+    """fail: a collapsed table ends the run. report: the verdict says collapsed and the run goes on, for experiments
+    in which collapse is a result."""
 
     min_evenness: float = Field(0.05, ge=0, le=1)
     """Collapse below this, on any level: (perplexity - 1) / (reachable codes - 1), 1 when all are used alike."""
@@ -125,7 +131,7 @@ def analyze(
 
 
 def gate(report: CollisionReport, config: CollisionConfig) -> None:
-    """Let a healthy table pass.
+    """Let a healthy table pass, and any table where collapse is only reported.
 
     Raises
     ------
@@ -133,7 +139,7 @@ def gate(report: CollisionReport, config: CollisionConfig) -> None:
         The table has collapsed; the message names every level and figure beyond its threshold.
     """
     found = _collapse(report.levels, report.usage, report.figures, config)
-    if found:
+    if found and config.on_collapse == "fail":
         raise CollapseError(
             "the semantic IDs have collapsed: "
             + "; ".join(found)

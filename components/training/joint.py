@@ -23,6 +23,7 @@ from components.recommenders.popularity import count_events
 from components.seams import Quantized, SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
+from components.tokenizers.quantize import straight_through
 from components.tokenizers.sids import AssignmentRule
 from components.tokenizers.sources import LiveSids, Paths
 from components.tokenizers.suffix_cost import Occupancy, occupancy, suffix_cost
@@ -102,7 +103,8 @@ class JointStage(Config):
     """Weight of the squared error of the quantised latents."""
     suffix_cost: float = Field(0.0, ge=0)
     """Weight of the expected cost of the suffix, which the recommendation loss cannot send to the codes; 1 by
-    derivation (see ``tokenizers.suffix_cost``), 0 as published."""
+    derivation (see ``tokenizers.suffix_cost``), 0 as published. It balances the path through the target and is
+    multiplied by ``paths.target_weight`` as well."""
     train_encoder: bool = False
     """Train the encoder too; frozen, its latents are computed once."""
     refresh: RefreshConfig = RefreshConfig()
@@ -264,10 +266,16 @@ def train_jointly(
         parts = {"recommendation": recommendation, "quantisation": quantisation}
         figures = {}
         if joint.suffix_cost:
-            cost_U = suffix_cost(quantized.probabilities, batch.unique, occupied)
+            # Straight-through, as in the recommendation loss: each code is priced beside the table's other codes.
+            weights = [
+                straight_through(code_U, soft_UK)
+                for code_U, soft_UK in zip(live.codes[batch.unique].T, quantized.probabilities, strict=True)
+            ]
+            cost_U = suffix_cost(weights, batch.unique, occupied)
             figures["suffix_cost"] = (target_shares(batch, recommender.positions) * cost_U).sum()
             # Divided as the mean over the steps divides the cross-entropy of the suffix that it stands for.
-            parts["suffix_cost"] = joint.suffix_cost * figures["suffix_cost"] / live.space.num_steps
+            weight = joint.suffix_cost * joint.paths.target_weight
+            parts["suffix_cost"] = weight * figures["suffix_cost"] / live.space.num_steps
         if not probe:
             probe.update(gradient_figures(parts, list(live.tokenizer.codebooks)))
         return {

@@ -1,10 +1,14 @@
 """Laws of residual quantisation, the straight-through sum and Sinkhorn balance."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.tokenizers import quantize
 from components.tokenizers.quantize import (
@@ -20,6 +24,36 @@ from components.tokenizers.quantize import (
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def log_plan(distances_NK: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Log of the plan that the potentials of ``balance`` stand for."""
+    row_N, column_K, sharpness = balance(distances_NK, epsilon, iterations)
+    return row_N[:, None] + column_K - sharpness * distances_NK.double()
+
+
+def scaled_whole(d_NK: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sinkhorn by the book: log of the plan, row and column potentials, from whole float64 matrices."""
+    d_NK = d_NK.double()
+    log_k_NK = -d_NK / ((d_NK.max() - d_NK.min()) / 2 + 1e-5) / epsilon
+    row_N1, column_K = torch.zeros_like(d_NK[:, :1]), torch.zeros_like(d_NK[0])
+    for _ in range(iterations):
+        row_N1 = -(log_k_NK + column_K).logsumexp(1, keepdim=True)
+        column_K = math.log(d_NK.shape[0] / d_NK.shape[1]) - (log_k_NK + row_N1).logsumexp(0)
+    return log_k_NK + row_N1 + column_K, row_N1[:, 0], column_K
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the entries of the largest tensor that any operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return made
 
 
 def test_distances_equal_the_definition() -> None:
@@ -85,14 +119,14 @@ def test_codebook_gradient_of_the_soft_assignment_has_its_closed_form() -> None:
 )
 def test_sinkhorn_balances_columns_at_any_scale(rows: int, columns: int, seed: int, scale: float) -> None:
     distances_NK = scale * normal(rows, columns, seed=seed).square()
-    plan_NK = balance(distances_NK, epsilon=0.003, iterations=50).exp()
+    plan_NK = log_plan(distances_NK, epsilon=0.003, iterations=50).exp()
     assert bool(torch.isfinite(plan_NK).all())
     assert torch.allclose(plan_NK.sum(0), torch.full((columns,), rows / columns, dtype=torch.float64))
 
 
 def test_sinkhorn_rows_settle_and_follow_the_distances() -> None:
     distances_NK = normal(64, 8).square()
-    plan_NK = balance(distances_NK, epsilon=0.5, iterations=200).exp()
+    plan_NK = log_plan(distances_NK, epsilon=0.5, iterations=200).exp()
     assert torch.allclose(plan_NK.sum(1), torch.ones(64, dtype=torch.float64), atol=1e-6)
     balanced = torch.eye(8).repeat(4, 1)
     assert torch.equal(sinkhorn(1 - balanced, 0.003, 50), balanced.argmax(1))
@@ -102,6 +136,49 @@ def test_sinkhorn_survives_the_published_epsilon_at_both_ends() -> None:
     distances_NK = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     codes_N = sinkhorn(distances_NK, epsilon=0.003, iterations=50)
     assert codes_N.tolist() == [0, 1, 0, 1]
+    assert bool(torch.isfinite(log_plan(distances_NK, epsilon=0.003, iterations=50)).all())
+
+
+@pytest.mark.parametrize("entries", [1, 30, 100, 1 << 16])
+@pytest.mark.parametrize(("epsilon", "iterations"), [(0.003, 1), (0.003, 50), (0.5, 2), (1e-4, 50)])
+def test_blocks_do_not_change_the_balance(
+    entries: int, epsilon: float, iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distances_NK = normal(101, 13).square()
+    wanted_NK, row_N, column_K = scaled_whole(distances_NK, epsilon, iterations)
+    monkeypatch.setattr(quantize, "BLOCK_ENTRIES", entries)
+    found = balance(distances_NK, epsilon, iterations)
+    assert torch.allclose(found.row_N, row_N, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found.column_K, column_K, rtol=1e-9, atol=1e-9)
+    assert torch.equal(sinkhorn(distances_NK, epsilon, iterations), wanted_NK.argmax(1))
+
+
+def test_sinkhorn_serves_a_code_that_is_far_from_every_row() -> None:
+    distances_NK = torch.cat([0.1 * normal(60, 5).square(), 10 + normal(60, 1)], dim=1)
+    plan_NK = log_plan(distances_NK, epsilon=1e-4, iterations=50).exp()
+    assert torch.allclose(plan_NK.sum(0), torch.full((6,), 10.0, dtype=torch.float64))
+
+
+def test_sinkhorn_makes_no_tensor_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances_NK = normal(200, 16).square()
+    monkeypatch.setattr(quantize, "BLOCK_ENTRIES", 20 * 16)
+    with LargestTensor() as largest:
+        sinkhorn(distances_NK, 0.003, 3)
+    assert largest.entries == 20 * 16
+
+
+@pytest.mark.parametrize("entries", [50, 1 << 16])
+def test_sinkhorn_codes_equal_whole_levels_on_the_residual(
+    entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z_NZ = normal(150, 6).double()
+    codebooks = [normal(size, 6, seed=size).double() for size in (8, 12, 5)]
+    monkeypatch.setattr(quantize, "BLOCK_ENTRIES", entries)
+    residual_NZ, levels = z_NZ, sinkhorn_codes(z_NZ, codebooks, 0.003, 50).unbind(1)
+    for codebook_KZ, codes_N in zip(codebooks, levels, strict=True):
+        distances_NK = (residual_NZ[:, None] - codebook_KZ).square().sum(-1)
+        assert torch.equal(codes_N, scaled_whole(distances_NK, 0.003, 50)[0].argmax(1))
+        residual_NZ = residual_NZ - codebook_KZ[codes_N]
 
 
 def test_sinkhorn_uses_codes_that_nearest_leaves_alone() -> None:

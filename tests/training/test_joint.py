@@ -1,22 +1,35 @@
 """Two-stage and joint training on the planted log: they learn, they agree, they repeat themselves."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
 from components.artifacts import RecommenderCheckpoint, SidTable
 from components.data.batches import held_out_rows
 from components.data.planted import best_recall
-from components.exploration import GumbelConfig, NoNoiseConfig
+from components.exploration import GumbelConfig, NoNoiseConfig, SdudFrqudConfig
 from components.folders import ArtifactError
 from components.metrics.ranking import contributions, ranks_in_lists
+from components.metrics.sids import CollapseError
 from components.recommenders.build import load_recommender
 from components.recommenders.causal import CausalConfig
 from components.recommenders.decoding import rank_rows
 from components.recommenders.tiger import TigerConfig
+from components.seams import SequenceBatch
 from components.tokenizers.build import load_tokenizer
-from components.tokenizers.sids import SidConfig, assign, table_symbols
+from components.tokenizers.sids import SidConfig, assign, assign_codes, table_symbols
 from components.tokenizers.trie import build_trie
-from components.training.joint import JointConfig, JointStage, PathsConfig, RefreshConfig, train_jointly
+from components.training.joint import (
+    CollapseConfig,
+    JointConfig,
+    JointStage,
+    PathsConfig,
+    RefreshConfig,
+    target_shares,
+    train_jointly,
+)
 from components.training.loop import LoopConfig
 from components.training.recommender import OptimConfig, RecommenderStage, train_recommender
 
@@ -224,3 +237,151 @@ def test_an_encoder_that_is_not_there_cannot_be_trained(tiny) -> None:
     config = JointConfig(recommender=STAGE, joint=JointStage(train_encoder=True))
     with pytest.raises(ValueError, match="this tokenizer has no encoder: take rqvae, or unset it"):
         train_jointly(tiny.split, tiny.embeddings, tiny.tokenizer, tiny.sids, config, _ignore)
+
+
+def _logged(tiny, joint: JointStage, recommender: RecommenderStage = STAGE, sids=None, **hooks):
+    """Train jointly and return the result with what was logged at each epoch's end, and between."""
+    epochs, steps = [], []
+
+    def log(step, values) -> None:
+        (epochs if "epoch" in values else steps).append(dict(values))
+
+    config = JointConfig(recommender=recommender, joint=joint)
+    sids = sids or assign(tiny.tokenizer, tiny.embeddings, SidConfig(suffix_size=120))  # room for a collapse
+    result = train_jointly(tiny.split, tiny.embeddings, tiny.tokenizer, sids, config, log, **hooks)
+    return result, epochs, steps
+
+
+COLLAPSES = JointStage(
+    tokenizer_lr=0.3, codebook_weight=0, commitment_weight=0, latent_reconstruction_weight=0
+)
+
+
+def test_collapse_stops_the_run_by_name_and_keeps_the_last_sound_epoch(tiny) -> None:
+    """All codewords run to one point at this rate; the epochs before the fall are what is handed on."""
+    gentle = COLLAPSES.model_copy(
+        update={"tokenizer_lr": 0.05, "collapse": CollapseConfig(min_perplexity=0.6)}
+    )
+    recipe = STAGE.model_copy(update={"loop": LoopConfig(epochs=12, log_every=100)})
+    result, epochs, _ = _logged(tiny, gentle, recipe)
+    assert result.collapsed is not None and len(epochs) < 12
+    words = re.match(
+        r"epoch (\d+): the codes of level (\d) collapse, perplexity ([\d.]+) of", result.collapsed
+    )
+    assert words and int(words[1]) == len(epochs)
+    assert epochs[-1][f"sids/perplexity/level{words[2]}"] == pytest.approx(float(words[3]), abs=0.05)
+    assert result.recommender.epoch < len(epochs)
+    assert result.recommender.metrics["sids/collapsed_at_epoch"] == len(epochs)
+    result.recommender.check_sids(result.sids)
+    codes = load_tokenizer(result.tokenizer).encode(tiny.embeddings.matrix)
+    assert codes.tolist() == result.sids.codes["codes"].to_list()
+    free = gentle.model_copy(update={"collapse": None})
+    unguarded, all_epochs, _ = _logged(tiny, free, recipe)
+    assert unguarded.collapsed is None and len(all_epochs) == 12
+
+
+def test_collapse_in_the_first_epoch_leaves_nothing_to_keep(tiny) -> None:
+    stage = COLLAPSES.model_copy(update={"collapse": CollapseConfig(min_perplexity=0.99)})
+    with pytest.raises(CollapseError, match="epoch 1: .*no earlier epoch was validated"):
+        _logged(tiny, stage)
+
+
+def test_every_epoch_says_how_codes_are_drawn_and_who_pulls_at_them(tiny) -> None:
+    stage = JointStage(exploration=SdudFrqudConfig(momentum=0.5, ratio=1.0), suffix_cost=1.0)
+    _, epochs, steps = _logged(tiny, stage)
+    levels = ("level1", "level2", "level3")
+    for level in levels:
+        for name in ("drawn_nearest", "nearest_table", "drawn_table"):
+            assert 0 <= steps[-1][f"train/agree/{name}/{level}"] <= 1
+        assert 0 < steps[-1][f"train/hot_share/{level}"] < 1
+        assert 0 < steps[-1][f"train/noise/{level}"] < 1.1
+        for epoch in epochs:
+            assert epoch[f"codebook_gradient/recommendation/{level}"] > 1e-10
+            assert epoch[f"codebook_gradient/quantisation/{level}"] > 1e-10
+            assert -1 <= epoch[f"gradient_cosine/{level}"] <= 1
+    for name in ("sids/churn", "sids/churn_since_start", "sids/colliding", "sids/largest_bucket"):
+        assert all(name in epoch for epoch in epochs)
+
+
+def test_historical_routing_measures_no_gradient_of_the_recommendation(tiny) -> None:
+    _, epochs, _ = _logged(tiny, JointStage(routing="historical"))
+    for level in range(1, 4):
+        assert epochs[-1][f"codebook_gradient/recommendation/level{level}"] == 0
+        assert epochs[-1][f"codebook_gradient/quantisation/level{level}"] > 1e-10
+
+
+def test_looking_at_gradients_changes_nothing(tiny, joint, monkeypatch) -> None:
+    monkeypatch.setattr("components.training.joint.gradient_figures", lambda *_: {"seen": 1.0})
+    blind, *_ = _logged(tiny, JointStage(), sids=tiny.sids)
+    assert blind.tokenizer.weights.keys() == joint.tokenizer.weights.keys()
+    for name, value in (blind.recommender.weights | blind.tokenizer.weights).items():
+        assert torch.equal(value, (joint.recommender.weights | joint.tokenizer.weights)[name]), name
+
+
+def test_a_balanced_table_is_refreshed_by_the_rule_that_made_it(tiny) -> None:
+    rule = {"assignment": "sinkhorn", "epsilon": 0.01}
+    balanced = assign(tiny.tokenizer, tiny.embeddings, SidConfig(suffix_size=64, **rule))
+    stage = JointStage(refresh=RefreshConfig(**rule), tokenizer_lr=0.01)
+    result, epochs, steps = _logged(tiny, stage, sids=balanced)
+    latents = load_tokenizer(result.tokenizer).latents(tiny.embeddings.matrix)
+    codes = assign_codes(latents, list(load_tokenizer(result.tokenizer).codebooks), stage.refresh)
+    assert codes.tolist() == result.sids.codes["codes"].to_list()
+    assert epochs[-1]["sids/churn_since_start"] > 0
+    assert steps[-1]["train/agree/nearest_table/level3"] < 0.95
+
+
+def test_the_table_rests_between_two_refreshes(tiny) -> None:
+    recipe = STAGE.model_copy(update={"loop": LoopConfig(epochs=4, validate_every=2, log_every=100)})
+    seen = []
+    _logged(
+        tiny,
+        JointStage(tokenizer_lr=0.02, refresh=RefreshConfig(every=2)),
+        recipe,
+        save=lambda state: seen.append(state["modules"]["sids"]["codes"]),
+    )
+    assert len(seen) == 2 and not torch.equal(seen[0], seen[1])
+
+
+def test_suffix_cost_keeps_more_names_apart_where_the_target_alone_merges_them(tiny) -> None:
+    """Only recommendation and suffix cost pull, through the target alone: that is the tug of war."""
+    distinct = []
+    for weight in (0.0, 1.0):
+        stage = COLLAPSES.model_copy(update={"tokenizer_lr": 0.02, "collapse": None, "suffix_cost": weight})
+        recipe = STAGE.model_copy(update={"loop": LoopConfig(epochs=6, log_every=100)})
+        _, epochs, _ = _logged(tiny, stage, recipe)
+        distinct.append(epochs[-1]["sids/distinct"])
+    assert distinct[1] > distinct[0]
+
+
+def test_targets_are_counted_once_for_each_time_they_are_predicted() -> None:
+    batch = SequenceBatch(
+        unique=torch.tensor([3, 5, 9]),
+        items=torch.tensor([[0, 1, 1], [2, 2, 2]]),
+        mask=torch.tensor([[True, True, True], [True, False, False]]),
+        target=torch.tensor([2, 0]),
+    )
+    assert target_shares(batch, "last").tolist() == [0.5, 0.0, 0.5]
+    assert target_shares(batch, "all").tolist() == [0.25, 0.5, 0.25]
+
+
+def test_one_batch_is_learned_by_heart(tiny) -> None:
+    """The loss falls by more than a quarter in 25 steps."""
+    few = replace(tiny.split, train=tiny.split.train.head(16))
+    recipe = STAGE.model_copy(
+        update={
+            "loop": LoopConfig(epochs=26, validate_every=26, log_every=1),
+            "optim": OptimConfig(lr=1e-2, warmup_steps=1),
+            "model": STAGE.model.model_copy(update={"dropout": 0.0}),
+        }
+    )
+    _, _, steps = _logged(tiny._replace(split=few), JointStage(), recipe)
+    assert steps[25]["train/recommendation"] < 0.75 * steps[0]["train/recommendation"]
+
+
+def test_a_run_that_never_hits_still_hands_on_a_checkpoint(tiny, monkeypatch) -> None:
+    def nothing(self, *_):
+        return {"valid_R@10": 0.0, "valid_N@10": 0.0}
+
+    monkeypatch.setattr("components.training.recommender.Validator.__call__", nothing)
+    result, *_ = _logged(tiny, JointStage())
+    assert result.recommender.epoch == 1

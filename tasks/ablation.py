@@ -1,0 +1,107 @@
+"""Arms over seeds put together, and the last page of an ablation in the terminal."""
+
+from typing import Annotated, Literal
+
+from flytekit import Deck, task
+from pydantic import Field
+from rich.console import Console
+
+from components.artifacts import Ablation, CollisionReport, EvaluationReport, RecommenderCheckpoint
+from components.config import Config
+from components.metrics import ablation as arms
+from components.metrics.ablation import Measured
+from components.metrics.figures import ablation_figure
+from tasks import runtime
+from tasks.flyte_types import by_content
+from tasks.tracking import tracked
+
+WIDTH = 120
+"""Columns of a log file, which has no width of its own."""
+
+
+class ArmRun(Config):
+    """One arm at one seed, as it stands in the lists of an ablation."""
+
+    arm: str = Field(min_length=1)
+    """Name of the arm."""
+    method: Literal["two_stage", "joint", "sasrec"]
+    """What was trained; sasrec has neither SIDs nor a recommender over them."""
+    against: str | None = None
+    """Arm that the paired difference is taken to."""
+    seed: int
+    """Seed of weights, batches and noise."""
+
+
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("1"))
+def gather_ablation(
+    runs: list[ArmRun],
+    reports: list[Annotated[EvaluationReport, by_content]],
+    collisions: list[Annotated[CollisionReport, by_content]],
+    recommenders: list[Annotated[RecommenderCheckpoint, by_content]],
+    run_id: str = "",
+) -> Annotated[Ablation, by_content]:
+    """Put arms over seeds together: means, paired differences, codes, and what is adopted.
+
+    Args:
+        runs: Arm and seed of each report, as JSON.
+        reports: Folders of EvaluationReports, one for each of ``runs``, in the same order.
+        collisions: Folders of CollisionReports, one for each of ``runs`` but those of sasrec, in the same order.
+        recommenders: Folders of RecommenderCheckpoints, as ``collisions``.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("gather_ablation", None, run_id, [*reports, *collisions, *recommenders]) as run:
+        result = arms.ablate(_measured(runs, reports, collisions, recommenders))
+        page = arms.html_table(result)
+        Deck("Ablation", page)
+        run.metrics(arms.headline(result))
+        run.figure("ablation", ablation_figure(result))
+        run.text("ablation.html", page)
+        run.text("ablation.md", arms.markdown_table(result))
+        run.output(result)
+        return result
+
+
+def _measured(
+    runs: list[ArmRun],
+    reports: list[EvaluationReport],
+    collisions: list[CollisionReport],
+    recommenders: list[RecommenderCheckpoint],
+) -> list[Measured]:
+    named = sum(run.method != "sasrec" for run in runs)
+    if (len(reports), len(collisions), len(recommenders)) != (len(runs), named, named):
+        raise ValueError(
+            f"{len(runs)} runs, {named} of them with semantic IDs, but {len(reports)} reports, {len(collisions)} "
+            f"collision reports and {len(recommenders)} recommenders: give one of each for each, in the same order"
+        )
+    tables, trained = iter(collisions), iter(recommenders)
+    return [
+        Measured(
+            run.arm,
+            run.method,
+            run.against,
+            run.seed,
+            report,
+            *((None, None) if run.method == "sasrec" else (next(tables), next(trained))),
+        )
+        for run, report in zip(runs, reports, strict=True)
+    ]
+
+
+def show_ablation(result: Ablation, run_id: str) -> None:
+    """Print the tables, what is adopted, and how to open the runs.
+
+    Parameters
+    ----------
+    result : Ablation
+        Arms over seeds.
+    run_id : str
+        MLflow run of the pipeline.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, highlight=False, width=WIDTH)
+    for view in arms.tables(result):
+        console.print(view)
+    for sentence in arms.verdicts(result):
+        console.print(sentence)
+    console.print(f"MLflow run {run_id}. Open the runs in a browser: make ui")

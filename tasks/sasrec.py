@@ -1,0 +1,106 @@
+"""SASRec, the baseline over item ids: train it, and rank the whole catalogue with it."""
+
+from typing import Annotated
+
+import numpy as np
+import polars as pl
+import torch
+from flytekit import task
+
+from components.artifacts import EvaluationReport, SasRecCheckpoint, SequenceSplit
+from components.metrics import report as reporting
+from components.metrics.report import EvaluateConfig, RankFn
+from components.recommenders.full_ranking import Scorer, rank_exactly
+from components.recommenders.sasrec import load_sasrec
+from components.seams import Ranking
+from components.training.loop import device_of
+from components.training.sasrec import SasRecStage, train_sasrec
+from tasks import runtime
+from tasks.checkpoints import resumable
+from tasks.evaluation import FAULTS
+from tasks.flyte_types import by_content
+from tasks.tracking import StageRun, tracked
+
+
+@task(**runtime.GPU, cache=runtime.cached("1"))
+def fit_sasrec(
+    split: Annotated[SequenceSplit, by_content], config: SasRecStage, run_id: str = ""
+) -> Annotated[SasRecCheckpoint, by_content]:
+    """Train SASRec on item ids and keep its best validated epoch.
+
+    Args:
+        split: Folder of a SequenceSplit.
+        config: Recipe, a YAML file or JSON.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("fit_sasrec", config, run_id, [split]) as run:
+        checkpoint = train_sasrec(split, config, run.log, *resumable())
+        run.finish_training(checkpoint.metrics)
+        run.output(checkpoint)
+        return checkpoint
+
+
+def exact_ranker(scorer: Scorer, config: EvaluateConfig) -> RankFn:
+    """Return the function that lists the best of all items for held-out rows, by a scorer's log-probabilities."""
+
+    def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
+        items = np.empty((len(frame), config.beams), dtype=np.int64)
+        scores = np.empty(items.shape)
+        for start in range(0, len(frame), config.batch_size):
+            block = frame.slice(start, config.batch_size)
+            listed = rank_exactly(
+                scorer,
+                block["history"],
+                block["target"],
+                k=config.beams,
+                exclude_seen=exclude_seen,
+                batch_size=config.batch_size,
+            ).items
+            own = np.take_along_axis(scorer.scores(block["history"]), np.maximum(listed, 0), axis=1)
+            items[start : start + len(block)] = listed
+            scores[start : start + len(block)] = np.where(listed < 0, -np.inf, own)
+        return Ranking(torch.from_numpy(items), torch.from_numpy(scores))
+
+    return rank
+
+
+def record_method(run: StageRun, name: str, report: EvaluationReport) -> None:
+    """Log one method's metrics, and the faulty entries of its lists."""
+    own = report.metrics.filter(pl.col("method") == name).drop_nulls("value")
+    path = pl.concat_str("method", "seen", "slice", "metric", separator="/")
+    run.metrics(dict(own.select(path, "value").iter_rows()))
+    faults = {
+        f"{row['seen']}/{fault}": row[fault]
+        for row in report.details["lists"]
+        for fault in FAULTS
+        if row["method"] == name
+    }
+    run.metrics({f"faults/{fault}": count for fault, count in faults.items()})
+    run.say(f"{sum(faults.values())} faulty entries in the lists (invalid, doubled, or seen and excluded)")
+
+
+@task(**runtime.GPU, cache=runtime.cached("1"))
+def evaluate_sasrec(
+    name: str,
+    model: Annotated[SasRecCheckpoint, by_content],
+    split: Annotated[SequenceSplit, by_content],
+    baselines: Annotated[EvaluationReport, by_content],
+    config: EvaluateConfig,
+    run_id: str = "",
+) -> Annotated[EvaluationReport, by_content]:
+    """Evaluate SASRec on the test targets, seen items kept and excluded.
+
+    Args:
+        name: What to call the method in tables.
+        model: Folder of a SasRecCheckpoint.
+        split: Folder of the SequenceSplit that it was trained on.
+        baselines: Folder of the EvaluationReport of the baselines, made with the same settings.
+        config: Settings, a YAML file or JSON. Keys: make keys SECTION=evaluate.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked(f"evaluate_sasrec {name}", config, run_id, [model, split, baselines]) as run:
+        rank = exact_ranker(load_sasrec(model, split).to(device_of("auto")), config)
+        report = reporting.evaluate_recommender(name, rank, split, config, baselines)
+        record_method(run, name, report)
+        run.output(report)
+        return report
