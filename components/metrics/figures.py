@@ -356,10 +356,11 @@ def _draw_lines(ax: Axes, rows: pl.DataFrame) -> None:
         if len(names):
             text = ", ".join(f"{row['arm']} {row['mean']:.3f}" for row in names.iter_rows(named=True))
             ax.text(
-                0.005,
+                0.995,
                 0.015 if down else 0.985,
                 f"{'↓' if down else '↑'} {text}",
                 transform=ax.transAxes,
+                ha="right",
                 va="bottom" if down else "top",
                 fontsize=8.5,
                 color=GREY,
@@ -403,8 +404,8 @@ def _label_points(ax: Axes) -> None:
         draft = ax.text(0, 0, str(bars.get_label()), **style)
         sizes_P2[number] = draft.get_window_extent(renderer).size
         draft.remove()
-    drawn = [bar.get_window_extent(renderer).padded(unit) for bars in points for bar in bars[2]]
-    drawn += [
+    ends = [ax.transData.transform(bar.get_segments()[0]) for bars in points for bar in bars[2]]
+    drawn = [
         line.get_window_extent(renderer).padded(unit) for line in ax.lines if line.get_zorder() == BEHIND
     ]
     drawn += [text.get_window_extent(renderer) for text in ax.texts]
@@ -413,6 +414,7 @@ def _label_points(ax: Axes) -> None:
     solid_B4 = np.array(
         [[*c - 5.5 * unit, *c + 5.5 * unit] for c in centres_P2]
         + [[*c - 2 * unit, *c + 2 * unit] for c in dots_D2]
+        + [[*end.min(0) - unit, *end.max(0) + unit] for end in ends]
         + [box.extents for box in drawn]
     )
     places_P2 = _spread(
@@ -458,16 +460,17 @@ def _spread(
             middle_C2 = centres_P2[p] + turn_C2 * (half + gap_C[:, None] * unit)
             box_C4 = np.concatenate([middle_C2 - half, middle_C2 + half], 1)
             others = boxes_P4[(np.arange(len(boxes_P4)) != p) & ~np.isnan(boxes_P4[:, 0])]
-            # Of the leader, the points that stand clear of the mark.
+            # What else the leader runs over: not the mark and the error bar that it comes from.
+            own_B = (solid_B4[:, :2] < centres_P2[p]).all(1) & (solid_B4[:, 2:] > centres_P2[p]).all(1)
+            on_the_way = np.concatenate([solid_B4[~own_B], others])
             way_C2 = np.clip(centres_P2[p], box_C4[:, :2], box_C4[:, 2:]) - centres_P2[p]
             steps = [centres_P2[p] + share * way_C2 for share in (0.4, 0.6, 0.8)]
             crossed_C = sum(
-                (_shared(np.concatenate([s - 1, s + 1], 1), np.concatenate([solid_B4, others])) > 0).sum(1)
-                for s in steps
+                (_shared(np.concatenate([s - 1, s + 1], 1), on_the_way) > 0).sum(1) for s in steps
             )
             covered_C = (_shared(box_C4, solid_B4) > 0).sum(1) + 3 * (_shared(box_C4, others) > 0).sum(1)
             outside_C = 1 - _shared(box_C4, frame_4[None])[:, 0] / np.prod(sizes_P2[p])
-            cost_C = covered_C + 10 * outside_C + 0.3 * crossed_C + 0.025 * gap_C
+            cost_C = covered_C + 10 * outside_C + 0.5 * crossed_C + 0.025 * gap_C
             best = int(cost_C.argmin())
             places_P2[p], boxes_P4[p] = middle_C2[best], box_C4[best]
         if np.array_equal(before, places_P2):

@@ -181,6 +181,14 @@ def test_sinkhorn_codes_equal_whole_levels_on_the_residual(
         residual_NZ = residual_NZ - codebook_KZ[codes_N]
 
 
+@pytest.mark.gpu
+def test_sinkhorn_gives_the_same_codes_on_a_gpu() -> None:
+    distances_NK = normal(3000, 32).square().double()
+    codes_N = sinkhorn(distances_NK.cuda(), 0.003, 50)
+    assert codes_N.is_cuda
+    assert torch.equal(codes_N.cpu(), sinkhorn(distances_NK, 0.003, 50))
+
+
 def test_sinkhorn_uses_codes_that_nearest_leaves_alone() -> None:
     z_NZ = normal(200, 4) + 3
     codebooks = [normal(16, 4, seed=1), 0.3 * normal(16, 4, seed=2)]
