@@ -1,8 +1,11 @@
 """Arms over seeds put together, and the last page of an ablation in the terminal."""
 
+from base64 import b64encode
+from io import BytesIO
 from typing import Annotated, Literal
 
 from flytekit import Deck, task
+from matplotlib.figure import Figure
 from pydantic import Field
 from rich.console import Console
 
@@ -10,6 +13,7 @@ from components.artifacts import Ablation, CollisionReport, EvaluationReport, Re
 from components.config import Config
 from components.metrics import ablation as arms
 from components.metrics.ablation import Measured
+from components.metrics.ablation_tables import html_table, markdown_table, tables
 from components.metrics.figures import ablation_figure
 from tasks import runtime
 from tasks.flyte_types import by_content
@@ -51,14 +55,22 @@ def gather_ablation(
     """
     with tracked("gather_ablation", None, run_id, [*reports, *collisions, *recommenders]) as run:
         result = arms.ablate(_measured(runs, reports, collisions, recommenders))
-        page = arms.html_table(result)
+        figure = ablation_figure(result)
+        page = html_table(result) + _embedded(figure)
         Deck("Ablation", page)
         run.metrics(arms.headline(result))
-        run.figure("ablation", ablation_figure(result))
+        run.figure("ablation", figure)
         run.text("ablation.html", page)
-        run.text("ablation.md", arms.markdown_table(result))
+        run.text("ablation.md", markdown_table(result))
         run.output(result)
         return result
+
+
+def _embedded(figure: Figure) -> str:
+    """Return a figure as HTML that needs no other file."""
+    png = BytesIO()
+    figure.savefig(png, format="png")
+    return f'<img alt="arms" style="max-width:100%" src="data:image/png;base64,{b64encode(png.getvalue()).decode()}">'
 
 
 def _measured(
@@ -73,7 +85,7 @@ def _measured(
             f"{len(runs)} runs, {named} of them with semantic IDs, but {len(reports)} reports, {len(collisions)} "
             f"collision reports and {len(recommenders)} recommenders: give one of each for each, in the same order"
         )
-    tables, trained = iter(collisions), iter(recommenders)
+    codes, trained = iter(collisions), iter(recommenders)
     return [
         Measured(
             run.arm,
@@ -81,7 +93,7 @@ def _measured(
             run.against,
             run.seed,
             report,
-            *((None, None) if run.method == "sasrec" else (next(tables), next(trained))),
+            *((None, None) if run.method == "sasrec" else (next(codes), next(trained))),
         )
         for run, report in zip(runs, reports, strict=True)
     ]
@@ -97,11 +109,12 @@ def show_ablation(result: Ablation, run_id: str) -> None:
     run_id : str
         MLflow run of the pipeline.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(soft_wrap=True, highlight=False, width=WIDTH)
-    for view in arms.tables(result):
+        console = Console(highlight=False, width=WIDTH)
+    for view in tables(result):
         console.print(view)
-    for sentence in arms.verdicts(result):
+        console.print()
+    for sentence in arms.decision(result):
         console.print(sentence)
-    console.print(f"MLflow run {run_id}. Open the runs in a browser: make ui")
+    console.print(f"MLflow run {run_id}. Open the runs in a browser: make ui", soft_wrap=True)

@@ -53,6 +53,19 @@ def _log_metrics(run: StageRun, metrics: pl.DataFrame) -> None:
     run.metrics(dict(rows))
 
 
+def record_method(run: StageRun, name: str, report: EvaluationReport) -> None:
+    """Log one method's metrics, and the faulty entries of its lists."""
+    _log_metrics(run, report.metrics.filter(pl.col("method") == name))
+    faults = {
+        f"{row['seen']}/{fault}": row[fault]
+        for row in report.details["lists"]
+        for fault in FAULTS
+        if row["method"] == name
+    }
+    run.metrics({f"faults/{fault}": count for fault, count in faults.items()})
+    run.say(f"{sum(faults.values())} faulty entries in the lists (invalid, doubled, or seen and excluded)")
+
+
 @task(**runtime.CPU, cache=runtime.cached("1"))
 def evaluate_baselines(
     split: Annotated[SequenceSplit, by_content], config: EvaluateConfig, run_id: str = ""
@@ -97,17 +110,7 @@ def evaluate_recommender(
     ) as run:
         rank = ranker(recommender, sids, config)
         report = reporting.evaluate_recommender(name, rank, split, config, baselines)
-        _log_metrics(run, report.metrics.filter(pl.col("method") == name))
-        faults = {
-            f"{row['seen']}/{fault}": row[fault]
-            for row in report.details["lists"]
-            for fault in FAULTS
-            if row["method"] == name
-        }
-        run.metrics({f"faults/{fault}": count for fault, count in faults.items()})
-        run.say(
-            f"{sum(faults.values())} faulty entries in the lists (invalid, doubled, or seen and excluded)"
-        )
+        record_method(run, name, report)
         run.output(report)
         return report
 

@@ -17,9 +17,9 @@ from components.training.loop import device_of
 from components.training.sasrec import SasRecStage, train_sasrec
 from tasks import runtime
 from tasks.checkpoints import resumable
-from tasks.evaluation import FAULTS
+from tasks.evaluation import record_method
 from tasks.flyte_types import by_content
-from tasks.tracking import StageRun, tracked
+from tasks.tracking import tracked
 
 
 @task(**runtime.GPU, cache=runtime.cached("1"))
@@ -62,21 +62,6 @@ def exact_ranker(scorer: Scorer, config: EvaluateConfig) -> RankFn:
         return Ranking(torch.from_numpy(items), torch.from_numpy(scores))
 
     return rank
-
-
-def record_method(run: StageRun, name: str, report: EvaluationReport) -> None:
-    """Log one method's metrics, and the faulty entries of its lists."""
-    own = report.metrics.filter(pl.col("method") == name).drop_nulls("value")
-    path = pl.concat_str("method", "seen", "slice", "metric", separator="/")
-    run.metrics(dict(own.select(path, "value").iter_rows()))
-    faults = {
-        f"{row['seen']}/{fault}": row[fault]
-        for row in report.details["lists"]
-        for fault in FAULTS
-        if row["method"] == name
-    }
-    run.metrics({f"faults/{fault}": count for fault, count in faults.items()})
-    run.say(f"{sum(faults.values())} faulty entries in the lists (invalid, doubled, or seen and excluded)")
 
 
 @task(**runtime.GPU, cache=runtime.cached("1"))

@@ -6,13 +6,15 @@ import pytest
 import yaml
 
 from components.config import PRESETS, describe, load_preset
-from workflows.config import PipelineConfig
+from workflows.config import AblationConfig, PipelineConfig
 from workflows.resolve import main
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_preset_loads_and_every_key_is_explained(preset: Path) -> None:
-    load_preset(PipelineConfig, preset.stem)
+    load_preset(
+        AblationConfig if "arms" in yaml.safe_load(preset.read_text()) else PipelineConfig, preset.stem
+    )
     keys = [line for line in preset.read_text().splitlines() if line.strip() and not line.startswith("#")]
     assert [line for line in keys if " # " not in line] == []
 
@@ -90,10 +92,12 @@ def test_a_resolved_config_resolves_to_itself() -> None:
 
 
 def test_every_key_of_the_pipeline_is_explained() -> None:
-    lines = describe(PipelineConfig)
+    lines = describe(AblationConfig)
     assert [line for line in lines if ": " not in line and not line.endswith(":")] == []
     assert "joint.tokenizer_lr = 0.0001: " in "\n".join(lines)
     assert any(line.startswith("ingest.source[tabular].columns") for line in lines)
+    assert any(line.startswith("arms.settings = {}: ") for line in lines)
+    assert any(line.startswith("sasrec.model.dim = ") for line in lines)
 
 
 def test_the_command_resolves_explains_and_refuses(capsys) -> None:
@@ -101,6 +105,102 @@ def test_the_command_resolves_explains_and_refuses(capsys) -> None:
     assert yaml.safe_load(capsys.readouterr().out)["recommender"]["loop"]["epochs"] == 2
     assert main(["--keys", "split"]) == 0
     assert all(line.startswith("split") for line in capsys.readouterr().out.splitlines())
-    assert main([]) == 2
+    assert main(["--keys", "arms"]) == 0
+    assert "arms.method = required: " in capsys.readouterr().out
+    assert main(["--ablation", "ablation", "seeds=[7]"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seeds"] == [7]
+    assert main(["ablation"]) == 2
+    assert "arms: Extra inputs are not permitted" in capsys.readouterr().err
+    assert main([]) == main(["--ablation"]) == 2
     assert main(["quickstart", "recommender.loop.epoch=2"]) == 2
     assert "recommender.loop.epoch: Extra inputs are not permitted" in capsys.readouterr().err
+
+
+PLAIN = {"name": "plain", "method": "two_stage"}
+
+
+def matrix(*arms: dict, **changes) -> AblationConfig:
+    return AblationConfig.model_validate({"arms": [PLAIN, *arms]} | changes)
+
+
+def joint(**settings) -> dict:
+    return {
+        "name": "new",
+        "method": "joint",
+        "settings": {k.replace("__", "."): v for k, v in settings.items()},
+    }
+
+
+def test_an_arm_changes_its_own_settings_and_takes_its_seed_everywhere() -> None:
+    config = matrix(joint(joint__exploration={"kind": "frqud", "ratio": 2}, recommender__optim__lr="3e-4"))
+    plain, new = (config.resolve(arm, 5) for arm in config.arms)
+    assert (new.joint.exploration.kind, new.joint.exploration.ratio) == ("frqud", 2)
+    assert new.recommender.optim.lr == 3e-4
+    assert {recipe.tokenizer.seed for recipe in (plain, new)} == {5}
+    assert plain.recommender.seed == plain.sasrec.seed == 5
+    assert plain.recommender.optim == config.recommender.optim and plain.joint == config.joint
+
+
+def test_resolving_survives_the_way_through_json() -> None:
+    config = load_preset(AblationConfig, "ablation")
+    again = AblationConfig.model_validate_json(config.model_dump_json())
+    assert [again.resolve(arm, 1) for arm in again.arms] == [config.resolve(arm, 1) for arm in config.arms]
+
+
+@pytest.mark.parametrize(
+    ("arm", "rule"),
+    [
+        (
+            joint(joint__exploraton={"kind": "none"}),
+            r"arm 'new': joint.exploraton: Extra inputs are not permitted",
+        ),
+        (joint(joint__tokenizer_lr=-1), r"arm 'new': joint.tokenizer_lr: Input should be greater than 0"),
+        (
+            joint(joint__exploration__kind="sdud"),
+            r"arm 'new': joint.exploration.sdud.noise: .* whole section",
+        ),
+        (joint(joint__paths__history=False), r"arm 'new': .*history and teacher_forcing on or off together"),
+        (
+            joint(joint__tokenizer_lr__deep=1),
+            r"arm 'new': 'joint.tokenizer_lr.deep' runs through 'tokenizer_lr'",
+        ),
+        (
+            joint(ingest__k_core=3),
+            r"arm 'new': 'ingest.k_core' is not its to change; a joint arm may change tok",
+        ),
+        (joint(sasrec__batch_size=3), r"arm 'new': 'sasrec.batch_size' is not its to change"),
+        (joint(recommender__seed=3), r"arm 'new': 'recommender.seed' would set a seed"),
+        (joint(recommender={"seed": 3}), r"arm 'new': 'recommender' would set a seed"),
+        (PLAIN, r"two arms are named 'plain'"),
+        (PLAIN | {"name": "itemknn"}, r"arm 'itemknn': the name is a baseline's"),
+        (PLAIN | {"name": "a/b"}, r"arms.1.name"),
+        (PLAIN | {"name": "new", "against": "nobody"}, r"arm 'new': against 'nobody' must name another arm"),
+        (PLAIN | {"name": "new", "against": "new"}, r"arm 'new': against 'new' must name another arm"),
+    ],
+)
+def test_an_arm_that_does_not_fit_is_refused_by_name_before_anything_runs(arm: dict, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        matrix(arm)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"seeds": [-1]}, "seeds must differ and be >= 0"),
+        ({"seeds": []}, "seeds"),
+        ({"arms": []}, "arms"),
+        ({"evaluate": {"ks": [10]}}, r"evaluate.ks lacks \[5\]"),
+    ],
+)
+def test_a_matrix_that_makes_no_table_is_refused(change: dict, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        matrix(**change)
+
+
+def test_arms_are_compared_with_the_first_two_stage_arm_unless_they_name_another() -> None:
+    other = PLAIN | {"name": "other"}
+    config = matrix(joint(), other, PLAIN | {"name": "third", "against": "new"})
+    assert [config.against(arm) for arm in config.arms] == [None, "plain", "plain", "new"]
+    alone = AblationConfig.model_validate({"arms": [{"name": "sasrec", "method": "sasrec"}]})
+    assert alone.against(alone.arms[0]) is None

@@ -17,7 +17,8 @@ from components.artifacts import (
     SequenceSplit,
 )
 from components.config import Config
-from components.metrics.ablation import headline, markdown_table, run_name
+from components.metrics.ablation import headline, run_name
+from components.metrics.ablation_tables import markdown_table
 from components.metrics.figures import ablation_figure
 from tasks import runtime
 from tasks.ablation import ArmRun, gather_ablation, show_ablation
@@ -33,6 +34,8 @@ from workflows.steps import read_data
 
 ALL_ARMS = runtime.CPU | {"timeout": timedelta(0)}
 """The node that holds all arms: each arm's stages have timeouts of their own, together they take what they take."""
+NOTE = 5000
+"""Characters that MLflow shows of a run's description."""
 
 
 @task(**runtime.CPU)
@@ -53,7 +56,8 @@ def finish_ablation(run_id: str, result: Annotated[Ablation, by_content]) -> Non
         run_id: MLflow run of the pipeline.
         result: Arms over seeds.
     """
-    record_result(run_id, headline(result), markdown_table(result), ablation_figure(result))
+    note = markdown_table(result, longest=NOTE)
+    record_result(run_id, headline(result), note, ablation_figure(result))
     finish_pipeline(run_id, [result])
     show_ablation(result, run_id)
 

@@ -113,6 +113,10 @@ class AblationConfig(Recipe):
                 raise ValueError(f"arm {name!r}: the name is a baseline's, which is in the table anyway")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must differ and be >= 0, got {self.seeds}")
+        if missing := [k for k in (5, 10) if k not in self.evaluate.ks]:
+            raise ValueError(
+                f"evaluate.ks lacks {missing}: tables show R and N at 5 and 10, got {self.evaluate.ks}"
+            )
         for arm in self.arms:
             if arm.against == arm.name or (arm.against is not None and arm.against not in names):
                 raise ValueError(

@@ -8,13 +8,12 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
 
 from components.artifacts import Ablation, CollisionReport, Comparison
+from components.metrics.labels import BEHIND, label_points
 from components.metrics.sids import group_sizes
 
 # Okabe and Ito's palette: told apart by readers with any kind of colour vision, and in grey.
@@ -37,12 +36,6 @@ ARMS = {"two_stage": BLUE, "joint": RED}
 ARM_NAMES = {"two_stage": "two-stage", "joint": "joint"}
 NEAR = 0.35
 """A line further from the arms than this share of their range is named at the panel's edge."""
-BEHIND = 1.0
-"""Z-order of lines that run behind the arms."""
-LEADER = 11.0
-"""Points between a mark and its name beyond which a thin line joins them."""
-SWEEPS = 6
-"""Most rounds in which names look for a better place."""
 MARKS = {"kept": ("o", BLUE), "excluded": ("s", RED)}
 
 
@@ -292,7 +285,7 @@ def ablation_figure(ablation: Ablation, metric: str = "R@10") -> Figure:
         _explain_arms(figure, ablation)
     figure.draw_without_rendering()
     for ax in axes:
-        _label_points(ax)
+        label_points(ax)
     return figure
 
 
@@ -329,42 +322,33 @@ def _draw_arms(ax: Axes, ablation: Ablation, rows: pl.DataFrame) -> None:
     _draw_lines(ax, rows.filter(~pl.col("arm").is_in(list(place))))
     ax.set_xlabel(f"distinct strings of content codes, for {ablation.items:,} items")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f}"))
 
 
 def _draw_lines(ax: Axes, rows: pl.DataFrame) -> None:
     """Draw methods without codes as lines across the panel, and name those too far off at its edge."""
-    low, high = ax.get_ylim() if ax.has_data() else (rows["mean"].min(), rows["mean"].max())
+    values: dict[str, float] = dict(rows.sort("mean").select("arm", "mean").iter_rows())
+    low, high = ax.get_ylim() if ax.has_data() else (min(values.values()), max(values.values()))
     reach = NEAR * (high - low)
-    near = rows.filter(pl.col("mean").is_between(low - reach, high + reach)).sort("mean")
-    far = rows.filter(~pl.col("mean").is_between(low - reach, high + reach)).sort("mean")
-    pad = 0.06 * (max(high, *near["mean"], high) - min(low, *near["mean"], low))
-    ax.set_ylim(min([low, *(near["mean"] - pad)]), max([high, *(near["mean"] + pad)]))
-    for row in near.iter_rows(named=True):
-        ax.axhline(row["mean"], color=GREY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=BEHIND)
-        ax.annotate(
-            row["arm"],
-            (0, row["mean"]),
-            xycoords=ax.get_yaxis_transform(),
-            xytext=(4, 2),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=GREY,
-        )
-    for down in (True, False):
-        names = far.filter((pl.col("mean") < low) if down else (pl.col("mean") > high))
-        if len(names):
-            text = ", ".join(f"{row['arm']} {row['mean']:.3f}" for row in names.iter_rows(named=True))
-            ax.text(
-                0.995,
-                0.015 if down else 0.985,
-                f"{'↓' if down else '↑'} {text}",
-                transform=ax.transAxes,
-                ha="right",
-                va="bottom" if down else "top",
-                fontsize=8.5,
-                color=GREY,
-            )
+    near = {arm: value for arm, value in values.items() if low - reach <= value <= high + reach}
+    spread = [low, high, *near.values()]
+    pad = 0.06 * (max(spread) - min(spread))
+    ax.set_ylim(
+        min([low, *(value - pad for value in near.values())]), max([high, *(v + pad for v in near.values())])
+    )
+    style: dict[str, Any] = {"fontsize": 8.5, "color": GREY}
+    for arm, value in near.items():
+        ax.axhline(value, color=GREY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=BEHIND)
+        across = ax.get_yaxis_transform()
+        ax.annotate(arm, (0, value), xycoords=across, xytext=(4, 2), textcoords="offset points", **style)
+    far = {arm: f"{arm} {value:.3f}" for arm, value in values.items() if arm not in near}
+    below = ", ".join(name for arm, name in far.items() if values[arm] < low)
+    above = ", ".join(name for arm, name in far.items() if values[arm] > high)
+    edge: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", **style}
+    if below:
+        ax.text(0.995, 0.015, f"↓ {below}", va="bottom", **edge)
+    if above:
+        ax.text(0.995, 0.985, f"↑ {above}", va="top", **edge)
 
 
 def _explain_arms(figure: Figure, ablation: Ablation) -> None:
@@ -387,103 +371,6 @@ def _explain_arms(figure: Figure, ablation: Ablation) -> None:
         fontsize=9,
         labelcolor=INK,
     )
-
-
-def _label_points(ax: Axes) -> None:
-    """Write each point's name beside it, where it touches no other name, mark, error bar or line if there is room."""
-    canvas, unit = ax.figure.canvas, ax.figure.dpi / 72
-    assert isinstance(canvas, FigureCanvasAgg)
-    renderer = canvas.get_renderer()
-    points = [bars for bars in ax.containers if isinstance(bars, ErrorbarContainer)]
-    if not points:
-        return
-    style: dict[str, Any] = {"fontsize": 9, "ha": "center", "va": "center"}
-    centres_P2 = np.array([ax.transData.transform(bars[0].get_xydata())[0] for bars in points])
-    sizes_P2 = np.zeros_like(centres_P2)
-    for number, bars in enumerate(points):
-        draft = ax.text(0, 0, str(bars.get_label()), **style)
-        sizes_P2[number] = draft.get_window_extent(renderer).size
-        draft.remove()
-    ends = [ax.transData.transform(bar.get_segments()[0]) for bars in points for bar in bars[2]]
-    drawn = [
-        line.get_window_extent(renderer).padded(unit) for line in ax.lines if line.get_zorder() == BEHIND
-    ]
-    drawn += [text.get_window_extent(renderer) for text in ax.texts]
-    dots = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_alpha() is not None]
-    dots_D2 = np.concatenate([*dots, np.zeros((0, 2))])
-    solid_B4 = np.array(
-        [[*c - 5.5 * unit, *c + 5.5 * unit] for c in centres_P2]
-        + [[*c - 2 * unit, *c + 2 * unit] for c in dots_D2]
-        + [[*end.min(0) - unit, *end.max(0) + unit] for end in ends]
-        + [box.extents for box in drawn]
-    )
-    places_P2 = _spread(
-        centres_P2, sizes_P2, solid_B4, np.array(ax.get_window_extent(renderer).extents), unit
-    )
-    for bars, centre, place, size in zip(points, centres_P2, places_P2, sizes_P2, strict=True):
-        nearest = np.clip(centre, place - size / 2, place + size / 2)
-        far = np.hypot(*(nearest - centre)) > LEADER * unit
-        leader = {"arrowstyle": "-", "color": bars[0].get_color(), "alpha": 0.6, "linewidth": 0.7}
-        label = ax.annotate(
-            str(bars.get_label()),
-            bars[0].get_xydata()[0],
-            xytext=tuple((place - centre) / unit),
-            textcoords="offset points",
-            color=bars[0].get_color(),
-            arrowprops=leader | {"shrinkA": 0, "shrinkB": 5} if far else None,
-            **style,
-        )
-        label.set_in_layout(False)  # else the panel would shrink to make room, and points would move
-
-
-def _spread(
-    centres_P2: NDArray[np.float64],
-    sizes_P2: NDArray[np.float64],
-    solid_B4: NDArray[np.float64],
-    frame_4: NDArray[np.float64],
-    unit: float,
-) -> NDArray[np.float64]:
-    """Find places for the names of points, (P, 2) middles in pixels.
-
-    Each name in turn takes the cheapest of some hundred places around its point, given where the others are, until
-    none moves. Covering something costs most, then leaving the panel, then distance.
-    """
-    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-    gaps = np.arange(8, 100, 5)
-    turn_C2 = np.stack([np.cos(angles), np.sin(angles)], 1).repeat(len(gaps), 0)
-    gap_C = np.tile(gaps, len(angles)).astype(float)
-    places_P2, boxes_P4 = np.full_like(centres_P2, np.nan), np.full((len(centres_P2), 4), np.nan)
-    for _ in range(SWEEPS):
-        before = places_P2.copy()
-        for p in np.argsort(-centres_P2[:, 1], kind="stable"):
-            half = sizes_P2[p] / 2
-            middle_C2 = centres_P2[p] + turn_C2 * (half + gap_C[:, None] * unit)
-            box_C4 = np.concatenate([middle_C2 - half, middle_C2 + half], 1)
-            others = boxes_P4[(np.arange(len(boxes_P4)) != p) & ~np.isnan(boxes_P4[:, 0])]
-            # What else the leader runs over: not the mark and the error bar that it comes from.
-            own_B = (solid_B4[:, :2] < centres_P2[p]).all(1) & (solid_B4[:, 2:] > centres_P2[p]).all(1)
-            on_the_way = np.concatenate([solid_B4[~own_B], others])
-            way_C2 = np.clip(centres_P2[p], box_C4[:, :2], box_C4[:, 2:]) - centres_P2[p]
-            steps = [centres_P2[p] + share * way_C2 for share in (0.4, 0.6, 0.8)]
-            crossed_C = sum(
-                (_shared(np.concatenate([s - 1, s + 1], 1), on_the_way) > 0).sum(1) for s in steps
-            )
-            covered_C = (_shared(box_C4, solid_B4) > 0).sum(1) + 3 * (_shared(box_C4, others) > 0).sum(1)
-            outside_C = 1 - _shared(box_C4, frame_4[None])[:, 0] / np.prod(sizes_P2[p])
-            cost_C = covered_C + 10 * outside_C + 0.5 * crossed_C + 0.025 * gap_C
-            best = int(cost_C.argmin())
-            places_P2[p], boxes_P4[p] = middle_C2[best], box_C4[best]
-        if np.array_equal(before, places_P2):
-            break
-    return places_P2
-
-
-def _shared(one_A4: NDArray[np.float64], other_B4: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the areas (A, B) that boxes of left, bottom, right and top share."""
-    low = np.maximum(one_A4[:, None, :2], other_B4[None, :, :2])
-    high = np.minimum(one_A4[:, None, 2:], other_B4[None, :, 2:])
-    area: NDArray[np.float64] = np.clip(high - low, 0, None).prod(-1)
-    return area
 
 
 def _clean(ax: Axes, grid: str = "") -> None:

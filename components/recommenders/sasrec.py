@@ -30,9 +30,9 @@ class SasRecConfig(StackConfig):
     """Width D of the model and of an item's vector."""
     heads: int = Field(2, ge=1)
     """Attention heads."""
-    hidden: int = Field(256, ge=1)
+    hidden: int = Field(128, ge=1)
     """Width of the feed-forward layer."""
-    dropout: float = Field(0.4, ge=0, lt=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
     """Dropout on the input and on residual branches."""
     max_history: int = Field(50, ge=1)
     """Latest items of a history that are read."""

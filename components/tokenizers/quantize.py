@@ -88,6 +88,25 @@ def balance(distances_NK: Tensor, epsilon: float, iterations: int) -> Potentials
     ends on columns. Sums are in float64 and in log space, because exp(1 / epsilon) leaves float32 at the
     published epsilon of .003.
 
+    Parameters
+    ----------
+    distances_NK : Tensor
+        Squared distances (N, K) of any floating type.
+    epsilon : float
+        Weight of the entropy, above 0.
+    iterations : int
+        Rounds, at least 1.
+
+    Returns
+    -------
+    Potentials
+        Of the last round; the same whatever the size of the blocks, but for rounding.
+
+    Raises
+    ------
+    ValueError
+        ``epsilon`` is not positive, or there are no iterations.
+
     References
     ----------
     Cuturi, "Sinkhorn distances: lightspeed computation of optimal transport", 2013, algorithm 1.

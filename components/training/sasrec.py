@@ -28,9 +28,9 @@ class SasRecStage(Config):
 
     model: SasRecConfig = SasRecConfig()
     """Size of the model."""
-    loop: LoopConfig = LoopConfig(epochs=20)
+    loop: LoopConfig = LoopConfig(epochs=10)
     """Length of training."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Windows of histories a step; memory holds a score for each of their items and each item of the catalogue."""
     optim: OptimConfig = OptimConfig()
     """Optimiser."""

@@ -174,6 +174,15 @@ def test_the_gate_names_collision_rate_and_largest_group() -> None:
     gate(report, CollisionConfig(max_collision_rate=1, max_group_share=1))
 
 
+def test_where_collapse_is_a_result_the_gate_lets_it_pass_and_the_verdict_still_says_so() -> None:
+    told = CollisionConfig(on_collapse="report")
+    report = analyze(_table([(0, 0)] * 100, [4, 2]), None, told)
+    assert report.verdict == "collapsed"
+    gate(report, told)
+    with pytest.raises(CollapseError):
+        gate(report, CONFIG)
+
+
 def test_a_pair_in_a_catalogue_of_four_is_no_collapse() -> None:
     report = analyze(_table([(0, 1), (0, 1), (1, 0), (1, 1)], [2, 2]), None, CONFIG)
     assert report.figures["largest_group"] == 2 and report.verdict != "collapsed"

@@ -1,5 +1,6 @@
 """Comparisons pair users, take baselines once, and say only what the interval bears out."""
 
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -189,3 +190,25 @@ def test_numbers_are_written_short() -> None:
     assert [short(x) for x in (0.1234, 1.0, 0.0, -0.05)] == [".1234", "1.0000", ".0000", "-.0500"]
     assert short(0.02351, 3) == ".024"
     assert [signed(x) for x in (0.01, -0.01)] == ["+.0100", "−.0100"]
+
+
+def _kept(report: EvaluationReport) -> EvaluationReport:
+    return replace(report, ranks=report.ranks.filter(seen="kept"), metrics=report.metrics.filter(seen="kept"))
+
+
+def test_reports_of_one_treatment_of_seen_items_compare_and_show_no_empty_block(
+    two: list[EvaluationReport],
+) -> None:
+    both, kept = compare(two, CONFIG), compare([_kept(report) for report in two], CONFIG)
+    assert kept.differences.equals(both.differences.filter(seen="kept"))
+    assert "excluded" not in markdown_table(kept) + html_table(kept)
+    assert "excluded" in markdown_table(both) and "do not compare" in html_table(both)
+    assert table(kept).row_count == 4
+    assert all("kept" in sentence for sentence in verdicts(kept))
+
+
+def test_reports_of_different_treatments_are_refused(two: list[EvaluationReport]) -> None:
+    with pytest.raises(
+        ArtifactError, match="seen items kept and excluded, and with seen items kept: evaluate"
+    ):
+        compare([two[0], _kept(two[1])], CONFIG)

@@ -7,10 +7,19 @@ import numpy as np
 import polars as pl
 import pytest
 from matplotlib import get_backend
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from components.artifacts import Comparison, SidTable
-from components.metrics.figures import code_usage, collision_histogram, comparison_figure, loss_curves
+from components.artifacts import Ablation, Comparison, SidTable
+from components.metrics.ablation import summarise
+from components.metrics.figures import (
+    ablation_figure,
+    code_usage,
+    collision_histogram,
+    comparison_figure,
+    loss_curves,
+)
 from components.metrics.sids import CollisionConfig, analyze
 
 PNG = b"\x89PNG"
@@ -97,6 +106,110 @@ def test_comparison_shows_every_value() -> None:
     assert _png(figure).startswith(PNG)
     with pytest.raises(ValueError, match="holds no R@5"):
         comparison_figure(comparison, ["R@5"])
+
+
+def test_a_comparison_of_one_treatment_of_seen_items_draws_that_one() -> None:
+    rows = [("joint", "excluded", "all", metric, 0.2, 0.1, 0.3) for metric in ("R@10", "N@10")]
+    comparison = Comparison(
+        metrics=pl.DataFrame(rows, schema=Comparison.SCHEMAS["metrics"], orient="row"),
+        differences=pl.DataFrame(schema=Comparison.SCHEMAS["differences"]),
+        reports=[],
+    )
+    figure = comparison_figure(comparison)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["seen items excluded"]
+
+
+def _ablation(arms: int, seeds=(0, 1, 2), blocks=("kept",), near: float = 0.05) -> Ablation:
+    """Joint arms crowded around one point, a collapsed one, and methods without codes near and far."""
+    rng = np.random.default_rng(3)
+    names = [f"arm number {n}" for n in range(arms)]
+    place = {name: (rng.normal(2000, near * 1000), rng.normal(0.17, near / 10)) for name in names}
+    runs = [
+        (name, "baseline", None, seen, "R@10", value)
+        for name, value in (("popularity", 0.03), ("itemknn", 0.19))
+        for seen in blocks
+    ]
+    runs += [
+        (
+            name,
+            "two_stage" if name == names[0] else "joint",
+            seed,
+            seen,
+            "R@10",
+            place[name][1] + 0.001 * seed,
+        )
+        for name in names
+        for seed in seeds
+        for seen in blocks
+    ]
+    runs += [("sasrec", "sasrec", seed, seen, "R@10", 0.18) for seed in seeds for seen in blocks]
+    tables = [
+        (name, seed, int(place[name][0]) + seed, 0.3, 40, "healthy", 5 if name == names[-1] else None)
+        for name in names
+        for seed in seeds
+    ]
+    frame = pl.DataFrame(runs, schema=Ablation.SCHEMAS["runs"], orient="row")
+    return Ablation(
+        runs=frame,
+        summary=summarise(frame, {}),
+        codes=Ablation.SCHEMAS["codes"].to_frame(),
+        tables=pl.DataFrame(tables, schema=Ablation.SCHEMAS["tables"], orient="row"),
+        users=100,
+        items=2500,
+        seeds=list(seeds),
+        split="",
+    )
+
+
+def _points(ax) -> dict[str, ErrorbarContainer]:
+    return {bars.get_label(): bars for bars in ax.containers}
+
+
+def test_an_ablation_shows_every_arm_at_its_codes_and_mean_with_its_error_and_seeds() -> None:
+    ablation = _ablation(4)
+    (ax,) = ablation_figure(ablation).axes
+    for row in ablation.summary.filter(pl.col("method").is_in(["two_stage", "joint"])).iter_rows(named=True):
+        bars = _points(ax)[row["arm"]]
+        distinct = ablation.tables.filter(arm=row["arm"])["distinct"].mean()
+        assert bars[0].get_xydata().tolist() == [[distinct, row["mean"]]]
+        (low, high) = bars[2][0].get_segments()[0][:, 1]
+        assert high - low == pytest.approx(2 * row["standard_error"])
+    seeds = [line for line in ax.lines if line.get_alpha() is not None]
+    assert [len(line.get_xdata()) for line in seeds] == [3] * 4
+    assert [_points(ax)[f"arm number {n}"][0].get_marker() for n in range(4)] == ["o", "o", "o", "X"]
+    assert _points(ax)["arm number 0"][0].get_color() != _points(ax)["arm number 1"][0].get_color()
+
+
+def test_methods_without_codes_are_lines_or_named_at_the_edge_if_far_off() -> None:
+    (ax,) = ablation_figure(_ablation(12)).axes
+    words = [text.get_text() for text in ax.texts]
+    assert "sasrec" in words and "itemknn" in words and "↓ popularity 0.030" in words
+    low, high = ax.get_ylim()
+    assert low > 0.1 and high > 0.19
+
+
+@pytest.mark.parametrize("near", [0.02, 0.05])
+def test_names_cover_neither_each_other_nor_marks(near: float) -> None:
+    figure = ablation_figure(_ablation(12, near=near))
+    (ax,) = figure.axes
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    names = [t for t in ax.texts if t.get_text().startswith("arm")]
+    boxes = [Text.get_window_extent(name, renderer) for name in names]
+    marks = [ax.transData.transform(bars[0].get_xydata())[0] for bars in _points(ax).values()]
+    assert len(boxes) == 12
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert not any(box.contains(*mark) for mark in marks)
+        assert ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
+
+
+def test_an_ablation_with_one_seed_both_treatments_or_no_codes_can_be_drawn() -> None:
+    assert len(ablation_figure(_ablation(3, seeds=(0,), blocks=("kept", "excluded"))).axes) == 2
+    bare = _ablation(0, seeds=(0,))
+    assert _png(ablation_figure(bare)).startswith(PNG)
+    with pytest.raises(ValueError, match="holds no N@10"):
+        ablation_figure(bare, "N@10")
 
 
 def test_no_global_figure_is_left_behind(report) -> None:

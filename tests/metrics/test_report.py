@@ -200,3 +200,37 @@ def test_names_of_baselines_and_short_lists_are_refused(
 def test_cut_offs_beyond_the_list_are_refused() -> None:
     with pytest.raises(ValueError, match="50 places asked of 20 beams"):
         EvaluateConfig(ks=[10, 50])
+
+
+def test_one_treatment_of_seen_items_is_the_same_rows_at_half_the_cost(
+    split: SequenceSplit, baselines: EvaluationReport
+) -> None:
+    asked = []
+
+    def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
+        asked.append(exclude_seen)
+        return _place_of_target(split, 3)(frame, exclude_seen)
+
+    for seen in ("kept", "excluded"):
+        config = CONFIG.model_copy(update={"seen": [seen]})
+        alone = evaluate_baselines(split, config)
+        assert alone.metrics.equals(baselines.metrics.filter(seen=seen))
+        assert alone.ranks.equals(baselines.ranks.filter(seen=seen))
+        report = evaluate_recommender("third", rank, split, config, alone)
+        assert set(report.ranks["seen"]) == {seen} and recompute(report, split).equals(report.metrics)
+    assert asked == [False, True]
+
+
+def test_baselines_of_another_treatment_are_refused(
+    split: SequenceSplit, baselines: EvaluationReport
+) -> None:
+    kept = CONFIG.model_copy(update={"seen": ["kept"]})
+    with pytest.raises(ArtifactError, match="same settings"):
+        evaluate_recommender("x", _place_of_target(split, 1), split, kept, baselines)
+
+
+def test_the_order_in_which_treatments_are_named_does_not_matter_and_none_or_twice_is_refused() -> None:
+    assert EvaluateConfig(seen=["excluded", "kept"]).blocks == ["kept", "excluded"]
+    for wrong in ([], ["kept", "kept"], ["both"]):
+        with pytest.raises(ValueError, match="seen"):
+            EvaluateConfig.model_validate({"seen": wrong})

@@ -43,12 +43,17 @@ KINDS = [
 
 
 def _loss(tiny, live: LiveSids, model) -> torch.Tensor:
+    return _loss_and_assignment(tiny, live, model)[0]
+
+
+def _loss_and_assignment(tiny, live: LiveSids, model) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
     recommender = build_recommender(model, live.space)
     # Fresh tied tables are too small for their logits to tell codes apart; trained ones are not.
     recommender.symbols.weight.data.normal_(std=0.3)
     batch = pad(held_out_rows(tiny.split.valid), torch.arange(32).numpy())
-    return recommender.loss(batch, live.tokens(batch.unique)).total
+    tokens, quantized = live.assign(batch.unique)
+    return recommender.loss(batch, tokens).total, quantized.probabilities
 
 
 def _norms(live: LiveSids) -> list[float | None]:
@@ -62,8 +67,11 @@ def test_recommendation_loss_alone_reaches_every_codebook(
     tiny, live_sids, model, exploration, residual
 ) -> None:
     live = live_sids(exploration, ALL, residual=residual)
-    _loss(tiny, live, model).backward()
-    norms = _norms(live)
+    loss, assignment = _loss_and_assignment(tiny, live, model)
+    for soft in assignment:
+        soft.retain_grad()
+    loss.backward()
+    norms = [*_norms(live), *(float(soft.grad.norm()) for soft in assignment)]
     assert all(norm is not None and FLOOR < norm < float("inf") for norm in norms), norms
 
 
@@ -76,22 +84,26 @@ def test_all_paths_detached_send_nothing(tiny, live_sids, model, exploration) ->
 
 
 @pytest.mark.parametrize(
-    ("model", "paths", "deepest"),
+    ("model", "paths"),
     [
-        (MODELS[0], Paths(True, True, False), 3),
-        (MODELS[0], Paths(False, False, True), 3),
-        (MODELS[1], Paths(True, False, False), 3),
+        (MODELS[0], Paths(True, True, False)),
+        (MODELS[0], Paths(False, False, True)),
+        (MODELS[1], Paths(True, False, False)),
         # Known codes of the target: those of level 3 are read before the suffix is written.
-        (MODELS[1], Paths(False, True, False), 3),
-        (MODELS[1], Paths(False, False, True), 3),
+        (MODELS[1], Paths(False, True, False)),
+        (MODELS[1], Paths(False, False, True)),
     ],
     ids=["causal-input", "causal-target", "tiger-history", "tiger-forcing", "tiger-target"],
 )
-def test_each_path_alone_reaches_the_assignment(tiny, live_sids, model, paths, deepest) -> None:
-    live = live_sids(GumbelConfig(), paths)
-    _loss(tiny, live, model).backward()
-    norms = _norms(live)
-    assert all(norm is not None and norm > FLOOR for norm in norms[:deepest]), norms
+@pytest.mark.parametrize("exploration", KINDS, ids=str)
+def test_each_path_alone_reaches_the_assignment(tiny, live_sids, model, paths, exploration) -> None:
+    live = live_sids(exploration, paths)
+    loss, assignment = _loss_and_assignment(tiny, live, model)
+    for soft in assignment:
+        soft.retain_grad()
+    loss.backward()
+    norms = [*_norms(live), *(float(soft.grad.norm()) for soft in assignment)]
+    assert all(norm is not None and norm > FLOOR for norm in norms), norms
 
 
 def test_causal_refuses_to_split_what_it_reads_in_one_token(tiny, live_sids) -> None:
@@ -147,3 +159,11 @@ def test_encoder_learns_only_when_asked(tiny, live_sids, trained_rqvae, train_en
     _loss(tiny, live, MODELS[0]).backward()
     gradients = [p.grad for name, p in live.tokenizer.named_parameters() if name.startswith("encoder.")]
     assert all((g is not None and float(g.norm()) > FLOOR) == train_encoder for g in gradients)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.kind)
+@pytest.mark.parametrize("exploration", KINDS, ids=str)
+def test_soft_tokens_cost_what_their_hard_codes_cost(tiny, live_sids, model, exploration) -> None:
+    """Gradient is all that a soft token adds: with the same codes, the loss is that of integers."""
+    soft, hard = (_loss(tiny, live_sids(exploration, paths), model).item() for paths in (ALL, NONE))
+    assert soft == pytest.approx(hard, rel=1e-5)

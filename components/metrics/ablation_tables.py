@@ -1,0 +1,243 @@
+"""An ablation as tables: values and differences, then codes; in a terminal, in Markdown and in HTML."""
+
+from collections import Counter
+from html import escape
+from typing import Literal, NamedTuple
+
+import polars as pl
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from components.artifacts import Ablation
+from components.metrics.ablation import DECISIVE, ERRORS, verdicts
+from components.metrics.compare import HEADLINE, short, signed
+from components.metrics.report import SEEN
+
+DIFFERENCES = ("R@10", "N@10")
+"""Metrics whose differences are shown."""
+STYLES = {"": "", "good": "bold green", "bad": "red"}
+HTML_STYLES = {"": "", "good": "font-weight:600;color:#00684a", "bad": "color:#b03000"}
+
+
+class Grid(NamedTuple):
+    """A table before it is drawn."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    marks: list[Literal["", "good", "bad"]]
+    """How each row stands out."""
+    caption: str
+
+
+def grids(ablation: Ablation) -> list[Grid]:
+    """Lay the ablation out: values for each treatment of seen items, then codes."""
+    blocks = [seen for seen in SEEN if seen in ablation.summary["seen"]]
+    values = [_values_grid(ablation, seen) for seen in blocks]
+    return [*values, _codes_grid(ablation)] if len(ablation.tables) else values
+
+
+def tables(ablation: Ablation) -> list[Table]:
+    """Draw the tables for a terminal of 120 columns."""
+    return [_rich(grid) for grid in grids(ablation)]
+
+
+def markdown_table(ablation: Ablation, longest: int | None = None) -> str:
+    """Write the tables as Markdown; those at the end are left out if the text would be longer than ``longest``."""
+    parts = [_markdown(grid) for grid in grids(ablation)]
+    while len(parts) > 1 and longest is not None and len("\n\n".join(parts)) > longest:
+        parts.pop()
+    return "\n\n".join(parts)
+
+
+def html_table(ablation: Ablation) -> str:
+    """Write the tables as an HTML fragment with its own styles, for a page that has none."""
+    sentences = "".join(f"<li>{escape(line)}</li>" for line in verdicts(ablation))
+    return (
+        '<div style="font:14px/1.45 system-ui,sans-serif;color:#222">'
+        + "".join(map(_html, grids(ablation)))
+        + (f'<ul style="padding-left:18px">{sentences}</ul></div>' if sentences else "</div>")
+    )
+
+
+def _values_grid(ablation: Ablation, seen: str) -> Grid:
+    several = len(ablation.seeds) > 1
+    rows: list[list[str]] = []
+    marks: list[Literal["", "good", "bad"]] = []
+    usual = _usual_partner(ablation)
+    for (arm,), found in ablation.summary.filter(seen=seen).group_by("arm", maintain_order=True):
+        by_metric = {row["metric"]: row for row in found.iter_rows(named=True)}
+        decisive = by_metric[DECISIVE]
+        cells = [short(by_metric[m]["mean"]) + _margin(by_metric[m]["standard_error"]) for m in HEADLINE]
+        for metric in DIFFERENCES:
+            row = by_metric[metric]
+            half = None if row["high"] is None else row["high"] - row["difference"]
+            cells.append("" if row["difference"] is None else signed(row["difference"]) + _margin(half))
+        if decisive["difference"] is None:
+            cells.append("")
+        else:
+            cells.append("yes" if decisive["adopted"] else "no")
+        rows.append([str(arm), *cells])
+        marks.append("good" if decisive["adopted"] else "")
+    error, interval = (" ± SE", " ± 95 %") if several else ("", "")
+    return Grid(
+        f"Seen items {seen}" if seen == "excluded" else "Seen items kept in the ranking",
+        ["arm", *(m + error for m in HEADLINE), *(f"Δ {m}{interval}" for m in DIFFERENCES), "adopted"],
+        rows,
+        marks,
+        _values_caption(ablation, usual),
+    )
+
+
+def _usual_partner(ablation: Ablation) -> str | None:
+    """Return the arm that most arms are compared with."""
+    pairs = ablation.summary.select("arm", "against").unique(maintain_order=True)["against"].drop_nulls()
+    return Counter(pairs).most_common(1)[0][0] if len(pairs) else None
+
+
+def _values_caption(ablation: Ablation, usual: str | None) -> str:
+    seeds = ", ".join(map(str, ablation.seeds))
+    pairs = ablation.summary.select("arm", "against").unique(maintain_order=True).drop_nulls()
+    others = [f"{arm} to {against}" for arm, against in pairs.iter_rows() if against != usual]
+    delta = f"Δ is the difference to {usual}" + (f" ({'; '.join(others)})" if others else "")
+    if len(ablation.seeds) == 1:
+        return (
+            f"{ablation.users:,} test users, one seed ({seeds}): there is no error over seeds, and nothing can be "
+            f"adopted; give more seeds. " + (f"{delta}. " if usual else "")
+        ).strip()
+    text = f"{ablation.users:,} test users; mean and standard error over seeds {seeds}. "
+    if usual:
+        text += (
+            f"{delta}, paired by seed, with the half-width of its 95 % Student-t interval. "
+            f"Adopted: Δ {DECISIVE} is more than {ERRORS} of its standard errors. "
+        )
+    return text + "Baselines have no seed. Other users would add to these errors."
+
+
+def _codes_grid(ablation: Ablation) -> Grid:
+    levels = ablation.codes.group_by("arm", "level", maintain_order=True).agg(
+        pl.col("perplexity").mean(), pl.col("codebook_size").max()
+    )
+    found = {(row["arm"], row["level"]): row for row in levels.iter_rows(named=True)}
+    sizes = {
+        level: set(rows["codebook_size"])
+        for (level,), rows in levels.sort("level").group_by("level", maintain_order=True)
+    }
+    rows: list[list[str]] = []
+    marks: list[Literal["", "good", "bad"]] = []
+    means = ablation.tables.group_by("arm", maintain_order=True).agg(
+        pl.col("distinct", "collision_rate").mean(), pl.col("largest_group").max()
+    )
+    for whole in means.iter_rows(named=True):
+        arm = whole["arm"]
+        cells = [arm]
+        for level, several in sizes.items():
+            row = found.get((arm, level))
+            of = f" of {row['codebook_size']}" if row and len(several) > 1 else ""
+            cells.append(f"{row['perplexity']:.1f}{of}" if row else "")
+        cells += [
+            f"{whole['distinct']:,.0f}",
+            f"{whole['collision_rate']:.1%}",
+            f"{whole['largest_group']:,}",
+            _state(ablation.tables.filter(arm=arm)),
+        ]
+        rows.append(cells)
+        marks.append("bad" if "collapsed" in cells[-1] else "")
+    titles = [
+        f"level {level}" + (f" of {next(iter(size))}" if len(size) == 1 else "")
+        for level, size in sizes.items()
+    ]
+    return Grid(
+        "Semantic IDs",
+        ["arm", *titles, "distinct", "colliding", "largest", "state"],
+        rows,
+        marks,
+        f"The tables that were evaluated, {ablation.items:,} items, means over seeds. level: perplexity of its codes; "
+        "distinct: strings of codes in use; colliding: items that share their codes; largest: most items of one "
+        "string, at any seed. Collapsed at an epoch: training stopped there, and an epoch before it was evaluated.",
+    )
+
+
+def _state(table: pl.DataFrame) -> str:
+    """Say what the tables of one arm are, and whether training was stopped by a collapse."""
+    verdicts = Counter(table["verdict"])
+    state = (
+        str(table["verdict"][0])
+        if len(verdicts) == 1
+        else ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    )
+    epochs = table["collapsed_at_epoch"].drop_nulls()
+    if not len(epochs):
+        return state
+    when = f"collapsed, epoch {', '.join(map(str, sorted(set(epochs))))}"
+    part = "" if len(epochs) == len(table) else f" ({len(epochs)} of {len(table)} seeds)"
+    return f"{when}{part}; kept: {state}"
+
+
+def _margin(half: float | None) -> str:
+    return "" if half is None else f" ± {short(half)}"
+
+
+def _in_terminal(cell: str) -> Text:
+    """Write a cell with its error in the background, a column narrower."""
+    value, plus_minus, error = cell.partition(" ±")
+    return Text(value).append(plus_minus + error.lstrip(), style="not bold dim")
+
+
+def _rich(grid: Grid) -> Table:
+    view = Table(
+        title=grid.title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        caption=grid.caption,
+        caption_style="dim",
+        caption_justify="left",
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+    )
+    for number, column in enumerate(grid.columns):
+        if number == 0:
+            view.add_column(column, max_width=22)
+        else:
+            text = column in ("adopted", "state")
+            view.add_column(column, justify="left" if text else "right", no_wrap=column != "state")
+    for cells, mark in zip(grid.rows, grid.marks, strict=True):
+        view.add_row(*map(_in_terminal, cells), style=STYLES[mark])
+    return view
+
+
+def _markdown(grid: Grid) -> str:
+    rules = ["---", *("---" if column in ("adopted", "state") else "--:" for column in grid.columns[1:])]
+    lines = [f"| {' | '.join(row)} |" for row in (grid.columns, rules, *grid.rows)]
+    return f"**{grid.title}**\n\n" + "\n".join(lines) + f"\n\n{grid.caption}"
+
+
+def _html(grid: Grid) -> str:
+    def cell(tag: str, column: str, text: str, style: str) -> str:
+        side = "left" if column in ("arm", "adopted", "state") else "right"
+        start = "0" if column == "arm" else "14px"
+        return (
+            f'<{tag} style="padding:4px 14px 4px {start};text-align:{side};white-space:nowrap;'
+            f'font-variant-numeric:tabular-nums;{style}">{text}</{tag}>'
+        )
+
+    head = "".join(cell("th", c, escape(c), "border-bottom:2px solid #333") for c in grid.columns)
+    body = []
+    for cells, mark in zip(grid.rows, grid.marks, strict=True):
+        style = HTML_STYLES[mark]
+        texts = (
+            escape(text).replace(" ± ", ' <span style="color:#777;font-weight:400">± ')
+            + ("</span>" if " ± " in text else "")
+            for text in cells
+        )
+        row = "".join(cell("td", c, text, style) for c, text in zip(grid.columns, texts, strict=True))
+        body.append(f"<tr>{row}</tr>")
+    return (
+        f'<h3 style="margin:18px 0 6px">{escape(grid.title)}</h3>'
+        '<table style="border-collapse:collapse"><thead><tr>'
+        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        f'<p style="font-size:12px;color:#777;max-width:62em">{escape(grid.caption)}</p>'
+    )

@@ -1,0 +1,264 @@
+"""An ablation pairs arms by seed, adopts by one rule, and refuses arms that do not compare."""
+
+from io import StringIO
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from components.artifacts import Ablation, CollisionReport, EvaluationReport, RecommenderCheckpoint, SidTable
+from components.folders import ArtifactError
+from components.metrics.ablation import COLLAPSED, Measured, ablate, decision, headline, run_name, verdicts
+from components.metrics.ablation_tables import grids, html_table, markdown_table, tables
+from components.metrics.report import METRICS, RANKS
+from components.metrics.sids import CollisionConfig, analyze
+
+NAMES = ("R@5", "R@10", "N@5", "N@10", "coverage@10")
+BASELINES = {"popularity": 0.03, "itemknn": 0.19}
+
+
+def _report(name: str, value: float, *, split: str = "split", users: int = 6, blocks=("kept",)):
+    """A report in which every metric of ``name`` is ``value``."""
+    ranks = [
+        (method, seen, user, 1, 1)
+        for method in (*BASELINES, name)
+        for seen in blocks
+        for user in range(users)
+    ]
+    metrics = [
+        (method, seen, part, metric, number, None, None)
+        for method, number in {**BASELINES, name: value}.items()
+        for seen in blocks
+        for part in ("all", "tail")
+        for metric in NAMES
+    ]
+    return EvaluationReport(
+        ranks=pl.DataFrame(ranks, schema=RANKS, orient="row"),
+        metrics=pl.DataFrame(metrics, schema=METRICS, orient="row"),
+        split=split,
+        details={"users": {"all": users}},
+    )
+
+
+def _codes(codes: list[tuple[int, int]]) -> CollisionReport:
+    frame = pl.DataFrame(
+        {"item_id": range(len(codes)), "codes": [list(c) for c in codes], "suffix": range(len(codes))},
+        schema=SidTable.SCHEMAS["codes"],
+    )
+    table = SidTable(codes=frame, codebook_sizes=[4, 4], suffix_size=len(codes), shared=False, tokenizer="")
+    return analyze(table, None, CollisionConfig())
+
+
+EVEN = _codes([(i, j) for i in range(4) for j in range(4)])
+ONE_CODE = _codes([(0, 0)] * 16)
+
+
+def _trained(codes: CollisionReport, metrics: dict[str, float] | None = None) -> RecommenderCheckpoint:
+    return RecommenderCheckpoint(
+        weights={}, config={}, sids=codes.sids, step=1, epoch=1, metrics=metrics or {}
+    )
+
+
+def _arm(name: str, values: list[float], against: str | None = "plain", codes=EVEN, **report):
+    """One arm at seeds 0, 1, ...: one value a seed."""
+    return [
+        Measured(
+            name,
+            "two_stage" if against is None else "joint",
+            against,
+            seed,
+            _report(run_name(name, seed), value, **report),
+            codes,
+            _trained(codes),
+        )
+        for seed, value in enumerate(values)
+    ]
+
+
+def _row(result: Ablation, arm: str, metric: str = "N@10", seen: str = "kept") -> dict:
+    return result.summary.filter(arm=arm, metric=metric, seen=seen).row(0, named=True)
+
+
+PLAIN = [0.25, 0.5, 0.75]
+
+
+def test_means_errors_and_paired_differences_are_those_of_the_hand() -> None:
+    result = ablate([*_arm("plain", PLAIN, None), *_arm("new", [0.375, 0.5, 0.9375])])
+    plain, new = _row(result, "plain"), _row(result, "new")
+    assert (plain["seeds"], plain["mean"]) == (3, 0.5)
+    assert plain["standard_error"] == pytest.approx((0.0625 / 3) ** 0.5)  # variance (.0625 + 0 + .0625) / 2
+    assert plain["against"] is plain["difference"] is plain["adopted"] is None
+    # Gaps 1/8, 0, 3/16: mean 5/48, squared deviations 1/2304 + 25/2304 + 16/2304 over 2.
+    error = (42 / 2304 / 2 / 3) ** 0.5
+    assert new["against"] == "plain"
+    assert new["difference"] == pytest.approx(5 / 48)
+    assert new["difference_se"] == pytest.approx(error)
+    # Student's t at 2 degrees of freedom and 97.5 %: 4.30265.
+    assert new["low"] == pytest.approx(5 / 48 - 4.30265 * error, abs=1e-6)
+    assert new["high"] == pytest.approx(5 / 48 + 4.30265 * error, abs=1e-6)
+
+
+def test_pairing_takes_out_what_a_seed_does_to_both() -> None:
+    """Arms swing by .5 between seeds, and the gain is the same at each: its error is that of the gain."""
+    result = ablate([*_arm("plain", PLAIN, None), *_arm("new", [0.3125, 0.5625, 0.8125])])
+    row = _row(result, "new")
+    assert row["standard_error"] > 0.1
+    assert (row["difference"], row["difference_se"], row["adopted"]) == (0.0625, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "adopted"),
+    [
+        ([0.75, 0.25], False),  # mean 1/2 is exactly two errors of 1/4
+        ([0.75, 0.2578125], True),
+        ([0.75, 0.2421875], False),
+        ([-0.75, -0.7], False),  # as sure, and worse
+        ([0.0, 0.0], False),
+    ],
+)
+def test_an_arm_is_adopted_beyond_two_standard_errors_and_not_at_them(gaps, adopted: bool) -> None:
+    result = ablate([*_arm("plain", [0.0, 0.0], None), *_arm("new", gaps)])
+    assert _row(result, "new")["adopted"] is adopted
+    assert (": adopted new" in decision(result)[0]) is adopted
+    assert ("not adopted" not in verdicts(result)[0]) is adopted
+
+
+def test_an_arm_is_compared_with_the_one_it_names() -> None:
+    result = ablate(
+        [*_arm("plain", [0.1, 0.2], None), *_arm("a", [0.5, 0.6]), *_arm("b", [0.625, 0.725], "a")]
+    )
+    assert _row(result, "b")["difference"] == pytest.approx(0.125)
+    assert "Δ is the difference to plain (b to a)" in grids(result)[0].caption
+
+
+def test_one_seed_has_no_errors_and_adopts_nothing() -> None:
+    result = ablate([*_arm("plain", [0.1], None), *_arm("new", [0.9])])
+    row = _row(result, "new")
+    assert row["difference"] == pytest.approx(0.8)
+    assert [row[name] for name in ("standard_error", "difference_se", "low", "high", "adopted")] == [None] * 5
+    assert "±" not in markdown_table(result).split("\n\n")[1]
+    assert "one seed (0): there is no error over seeds, and nothing can be adopted" in markdown_table(result)
+    assert decision(result) == ["N@10, seen items kept in the ranking: nothing is adopted on one seed."]
+    assert "says nothing about another: not adopted" in verdicts(result)[0]
+
+
+def test_baselines_stand_once_without_seed_error_or_difference() -> None:
+    result = ablate([*_arm("plain", PLAIN, None), *_arm("new", PLAIN)])
+    rows = result.runs.filter(pl.col("arm").is_in(list(BASELINES)))
+    assert len(rows) == len(BASELINES) * len(NAMES) and rows["seed"].is_null().all()
+    knn = _row(result, "itemknn")
+    assert (knn["seeds"], knn["mean"], knn["method"]) == (0, 0.19, "baseline")
+    assert knn["standard_error"] is knn["difference"] is None
+    assert [row[0] for row in grids(result)[0].rows] == ["popularity", "itemknn", "plain", "new"]
+
+
+def test_codes_and_the_epoch_of_a_collapse_stand_beside_the_values() -> None:
+    measured = [*_arm("plain", [0.1, 0.2], None), *_arm("new", [0.1, 0.2], codes=ONE_CODE)]
+    measured[3] = measured[3]._replace(recommender=_trained(ONE_CODE, {COLLAPSED: 5.0}))
+    result = ablate(measured)
+    assert result.items == 16
+    assert result.codes.filter(arm="plain", seed=0)["perplexity"].to_list() == pytest.approx([4.0, 4.0])
+    assert result.tables.filter(arm="new").drop("arm").rows() == [
+        (0, 1, 1.0, 16, "collapsed", None),
+        (1, 1, 1.0, 16, "collapsed", 5),
+    ]
+    rows = {row[0]: row[1:] for row in grids(result)[1].rows}
+    assert rows["plain"] == ["4.0", "4.0", "16", "0.0%", "1", "healthy"]
+    assert rows["new"][-1] == "collapsed, epoch 5 (1 of 2 seeds); kept: collapsed"
+
+
+def test_arms_without_codes_are_in_the_table_of_values_alone() -> None:
+    sasrec = [
+        each._replace(method="sasrec", collisions=None, recommender=None) for each in _arm("sasrec", PLAIN)
+    ]
+    result = ablate([*_arm("plain", PLAIN, None), *sasrec])
+    values, codes = grids(result)
+    assert [row[0] for row in values.rows][-1] == "sasrec" and [row[0] for row in codes.rows] == ["plain"]
+    assert len(grids(ablate([each._replace(against=None) for each in sasrec]))) == 1
+
+
+def test_codebooks_of_different_sizes_and_depths_share_a_table() -> None:
+    frame = pl.DataFrame(
+        {"item_id": range(4), "codes": [[i] for i in range(4)], "suffix": [0] * 4},
+        schema=SidTable.SCHEMAS["codes"],
+    )
+    table = SidTable(codes=frame, codebook_sizes=[8], suffix_size=1, shared=False, tokenizer="")
+    short = analyze(table, None, CollisionConfig())
+    result = ablate([*_arm("plain", [0.1], None), *_arm("short", [0.1], codes=short)])
+    grid = grids(result)[1]
+    assert grid.columns[1:3] == ["level 1", "level 2 of 4"]
+    assert [row[1:3] for row in grid.rows] == [["4.0 of 4", "4.0"], ["4.0 of 8", ""]]
+
+
+def test_arms_that_do_not_compare_are_refused() -> None:
+    plain = _arm("plain", [0.1, 0.2], None)
+    with pytest.raises(ArtifactError, match="'new seed 0' was evaluated on split other"):
+        ablate([*plain, *_arm("new", [0.1, 0.2], split="other")])
+    with pytest.raises(ArtifactError, match="'new seed 0' was ranked for other users"):
+        ablate([*plain, *_arm("new", [0.1, 0.2], users=5)])
+    with pytest.raises(ArtifactError, match="seen items treated otherwise"):
+        ablate([*plain, *_arm("new", [0.1, 0.2], blocks=("kept", "excluded"))])
+    with pytest.raises(
+        ArtifactError, match=r"\['new seed 1'\] are missing: .* every arm is run with every seed"
+    ):
+        ablate([*plain, *_arm("new", [0.1])])
+    with pytest.raises(ArtifactError, match="'plain seed 0' is there 2 times"):
+        ablate([*plain, *plain[:1]])
+    with pytest.raises(ArtifactError, match="compared with 'nobody', which is not among"):
+        ablate([*plain, *_arm("new", [0.1, 0.2], "nobody")])
+    with pytest.raises(ArtifactError, match="the report given as 'plain seed 1' holds"):
+        ablate([plain[0], plain[1]._replace(report=plain[0].report)])
+    with pytest.raises(ArtifactError, match="'plain seed 0': codes of SidTable"):
+        ablate([plain[0]._replace(collisions=ONE_CODE), plain[1]])
+    with pytest.raises(ArtifactError, match="nothing to put together"):
+        ablate([])
+
+
+def _many() -> Ablation:
+    arms = _arm("plain", PLAIN, None, blocks=("kept", "excluded"))
+    for number in range(12):
+        name = f"an arm with a long name {number}"
+        arms += _arm(name, [0.3, 0.4, 0.5 + number / 10], blocks=("kept", "excluded"))
+    return ablate(arms)
+
+
+def test_the_tables_fit_a_terminal_of_120_columns_and_lose_nothing() -> None:
+    result = _many()
+    console = Console(file=StringIO(), width=120, highlight=False)
+    for view in tables(result):
+        console.print(view)
+    page = console.file.getvalue()
+    assert max(map(len, page.splitlines())) <= 120
+    assert "…" not in page and page.count("an arm with a long") == 12 * 3
+    assert page.count("adopted") >= 2 and "6 test users" in page
+
+
+def test_markdown_and_html_hold_every_arm_and_say_how_to_read_them() -> None:
+    result = _many()
+    for text in (markdown_table(result), html_table(result)):
+        assert text.count("an arm with a long name 11") >= 3
+        for words in ("6 test users", "seeds 0, 1, 2", "Student-t", "Seen items excluded", "Semantic IDs"):
+            assert words in text
+    assert html_table(result).count("<tr>") == 3 + 2 * 15 + 13
+    assert "<script>" not in html_table(ablate(_arm("<script>", [0.1], None)))
+
+
+def test_a_short_description_drops_whole_tables() -> None:
+    result = _many()
+    whole = markdown_table(result)
+    cut = markdown_table(result, longest=len(whole) - 1)
+    assert whole.startswith(cut) and "Semantic IDs" not in cut and "Seen items excluded" in cut
+    assert "Seen items kept" in markdown_table(result, longest=10)
+
+
+def test_headline_names_arm_block_metric_and_figure() -> None:
+    figures = headline(ablate([*_arm("plain", PLAIN, None), *_arm("new", [0.5, 0.75, 1.0])]))
+    assert figures["plain/kept/N@10/mean"] == 0.5
+    assert figures["new/kept/R@5/difference"] == 0.25
+    assert "plain/kept/N@10/difference" not in figures and "itemknn/kept/R@5/standard_error" not in figures
+
+
+def test_an_ablation_comes_back_from_its_folder(tmp_path) -> None:
+    result = _many()
+    result.save(tmp_path / "ablation")
+    assert Ablation.load(tmp_path / "ablation").fingerprint == result.fingerprint

@@ -1,0 +1,94 @@
+"""What the benchmarks time is what training does."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from components.recommenders.causal import CausalConfig
+from components.recommenders.tiger import TigerConfig
+from components.tokenizers.rqvae import RqVaeConfig
+from components.tokenizers.sids import SidConfig, assign
+from components.training import joint, recommender
+from components.training.joint import JointConfig, JointStage, train_jointly
+from components.training.loop import LoopConfig
+from components.training.recommender import RecommenderStage, train_recommender
+from components.training.tokenizer import TokenizerStage, train_tokenizer
+
+SIZES = {"dim": 16, "layers": 1, "heads": 2, "head_dim": 8, "hidden": 32, "max_history": 5}
+STAGE = RecommenderStage(
+    model=CausalConfig(**SIZES), loop=LoopConfig(epochs=1, clip_norm=0.1), batch_size=64, device="cpu"
+)
+
+
+def _ignore(step, values) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def joint_step() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "joint_step.py"
+    spec = importlib.util.spec_from_file_location("joint_step", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def stages(tiny, joint_step):
+    """The planted log behind a tokenizer that has an encoder."""
+    model = RqVaeConfig(codebook_sizes=[8, 8, 8], hidden=[16], latent_dim=8)
+    stage = TokenizerStage(model=model, loop=LoopConfig(epochs=4, validate_every=4), device="cpu")
+    tokenizer = train_tokenizer(tiny.embeddings, stage)
+    return joint_step.Stages(
+        tiny.split, tiny.embeddings, tokenizer, assign(tokenizer, tiny.embeddings, SidConfig(suffix_size=64))
+    )
+
+
+def test_the_timed_steps_of_an_epoch_train_what_the_loop_trains(joint_step, stages) -> None:
+    both = JointConfig(recommender=STAGE)
+    frozen = train_recommender(stages.split, stages.sids, STAGE, _ignore)
+    moved = train_jointly(*stages, both, _ignore).recommender
+    for module, train, trained in (
+        (recommender, lambda: train_recommender(stages.split, stages.sids, STAGE, _ignore), frozen),
+        (joint, lambda: train_jointly(*stages, both, _ignore), moved),
+    ):
+        arm = joint_step.stopped_at_the_loop(module, train)
+        for batch in arm.batches(0):
+            joint_step.advance(arm, batch, STAGE.loop.clip_norm)
+        for name, value in arm.modules["recommender"].state_dict().items():
+            assert torch.equal(value, trained.weights[name]), name
+
+
+@pytest.mark.parametrize("model", [CausalConfig(**SIZES), TigerConfig(**SIZES)], ids=["causal", "tiger"])
+def test_all_arms_start_from_one_recommendation_loss(joint_step, stages, model) -> None:
+    arms = joint_step.build_arms(stages, STAGE.model_copy(update={"model": model}), JointStage())
+    losses = joint_step.first_losses(arms, next(arms[joint_step.FROZEN].batches(0)))
+    assert list(losses.values()) == pytest.approx([losses[joint_step.FROZEN]] * len(arms), abs=1e-5)
+
+
+def test_every_occurrence_has_a_row_of_its_own_and_names_the_same_item(joint_step, stages) -> None:
+    batch = next(joint_step.frozen_arm(stages, STAGE).batches(0))
+    spread = joint_step.every_occurrence(batch)
+    assert len(spread.unique) == int(batch.mask.sum()) + len(batch.target) > len(batch.unique)
+    rows = torch.cat([spread.items[batch.mask], spread.target])
+    assert len(rows.unique()) == len(rows)
+    assert torch.equal(spread.unique[spread.items], batch.unique[batch.items])
+    assert torch.equal(spread.unique[spread.target], batch.unique[batch.target])
+
+
+def test_the_encoder_runs_in_the_arms_that_say_so_and_learns_in_one(joint_step, stages) -> None:
+    arms = joint_step.build_arms(stages, STAGE, JointStage())
+    batch = next(arms[joint_step.FROZEN].batches(0))
+    runs, learns = {}, {}
+    for name in (joint_step.GUMBEL, joint_step.ENCODER_FORWARD, joint_step.ENCODER_TRAINED):
+        encoder = arms[name].modules["sids"].tokenizer.encoder
+        seen: list[int] = []
+        encoder.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(len(inputs[0])))
+        joint_step.advance(arms[name], batch, STAGE.loop.clip_norm)
+        runs[name] = seen
+        learns[name] = any(p.grad is not None and bool(p.grad.any()) for p in encoder.parameters())
+    assert list(runs.values()) == [[], [len(batch.unique)], [len(batch.unique)]]
+    assert list(learns.values()) == [False, False, True]
