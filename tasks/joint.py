@@ -27,7 +27,7 @@ class Joint(NamedTuple):
     recommender: Annotated[RecommenderCheckpoint, by_content]
 
 
-@task(**runtime.GPU, cache=runtime.cached("1"))
+@task(**runtime.GPU, cache=runtime.cached("1", "name"))
 def fit_jointly(
     split: Annotated[SequenceSplit, by_content],
     embeddings: Annotated[ContentEmbeddings, by_content],
@@ -36,6 +36,7 @@ def fit_jointly(
     recipe: RecommenderStage,
     config: JointStage,
     run_id: str = "",
+    name: str = "",
 ) -> Joint:
     """Train a pretrained tokenizer and a fresh recommender together; the three results are of one epoch.
 
@@ -47,9 +48,10 @@ def fit_jointly(
         recipe: Recommender and its training, a YAML file or JSON. Keys: make keys SECTION=recommender.
         config: What joint training adds, a YAML file or JSON. Keys: make keys SECTION=joint.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+        name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
     both = JointConfig(recommender=recipe, joint=config)
-    with tracked("fit_jointly", both, run_id, [split, embeddings, tokenizer, sids]) as run:
+    with tracked(f"fit_jointly {name}".strip(), both, run_id, [split, embeddings, tokenizer, sids]) as run:
         result = train_jointly(split, embeddings, tokenizer, sids, both, run.log, *resumable())
         run.finish_training(result.recommender.metrics)
         if result.collapsed:

@@ -12,12 +12,13 @@ from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("1"))
+@task(**runtime.GPU, cache=runtime.cached("1", "name"))
 def fit_recommender(
     split: Annotated[SequenceSplit, by_content],
     sids: Annotated[SidTable, by_content],
     config: RecommenderStage,
     run_id: str = "",
+    name: str = "",
 ) -> Annotated[RecommenderCheckpoint, by_content]:
     """Train a recommender on frozen semantic IDs and keep its best validated epoch.
 
@@ -26,8 +27,9 @@ def fit_recommender(
         sids: Folder of the SidTable that names its items.
         config: Recipe, a YAML file or JSON. Keys: make keys SECTION=recommender.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+        name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked("fit_recommender", config, run_id, [split, sids]) as run:
+    with tracked(f"fit_recommender {name}".strip(), config, run_id, [split, sids]) as run:
         checkpoint = train_recommender(split, sids, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
         run.output(checkpoint)

@@ -109,15 +109,17 @@ def _image(image: Container | BuiltImage) -> str | ImageSpec:
             )
 
 
-def cached(version: str) -> Cache:
+def cached(version: str, *labels: str) -> Cache:
     """Cache a stage by the content of its inputs; ``run_id`` names the MLflow run and must not matter.
 
     Parameters
     ----------
     version : str
         Raise it when the stage's code changes what comes out.
+    *labels : str
+        Further inputs that only say what to call the stage's run.
     """
-    return Cache(version=version, ignored_inputs=("run_id",), serialize=True)
+    return Cache(version=version, ignored_inputs=("run_id", *labels), serialize=True)
 
 
 _RUNTIME = load_runtime()

@@ -22,9 +22,9 @@ from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("1"))
+@task(**runtime.GPU, cache=runtime.cached("1", "name"))
 def fit_sasrec(
-    split: Annotated[SequenceSplit, by_content], config: SasRecStage, run_id: str = ""
+    split: Annotated[SequenceSplit, by_content], config: SasRecStage, run_id: str = "", name: str = ""
 ) -> Annotated[SasRecCheckpoint, by_content]:
     """Train SASRec on item ids and keep its best validated epoch.
 
@@ -32,8 +32,9 @@ def fit_sasrec(
         split: Folder of a SequenceSplit.
         config: Recipe, a YAML file or JSON.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+        name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked("fit_sasrec", config, run_id, [split]) as run:
+    with tracked(f"fit_sasrec {name}".strip(), config, run_id, [split]) as run:
         checkpoint = train_sasrec(split, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
         run.output(checkpoint)

@@ -37,8 +37,9 @@ def show_summary(
     if not console.is_terminal:
         console = Console(soft_wrap=True, highlight=False, width=WIDTH)
     console.print(table(comparison))
-    kept = replace(comparison, differences=comparison.differences.filter(seen="kept"))
-    for sentence in verdicts(kept, ["N@10"]):
+    found = comparison.differences["seen"].unique().to_list()
+    block = comparison.differences.filter(seen="kept" if "kept" in found else "excluded")
+    for sentence in verdicts(replace(comparison, differences=block), ["N@10"]):
         console.print(sentence)
     for name, report in collisions:
         console.print(_levels(name, report))

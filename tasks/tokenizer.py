@@ -25,9 +25,12 @@ from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("1"))
+@task(**runtime.GPU, cache=runtime.cached("1", "name"))
 def fit_tokenizer(
-    embeddings: Annotated[ContentEmbeddings, by_content], config: TokenizerStage, run_id: str = ""
+    embeddings: Annotated[ContentEmbeddings, by_content],
+    config: TokenizerStage,
+    run_id: str = "",
+    name: str = "",
 ) -> Annotated[TokenizerCheckpoint, by_content]:
     """Learn codebooks from content vectors.
 
@@ -35,8 +38,9 @@ def fit_tokenizer(
         embeddings: Folder of ContentEmbeddings.
         config: Recipe, a YAML file or JSON. Keys: make keys SECTION=tokenizer.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+        name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked("fit_tokenizer", config, run_id, [embeddings]) as run:
+    with tracked(f"fit_tokenizer {name}".strip(), config, run_id, [embeddings]) as run:
         checkpoint = train_tokenizer(embeddings, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
         run.output(checkpoint)

@@ -402,9 +402,11 @@ def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str
         seen.add(digest)
         maker = _maker(client, everywhere, kind, digest)
         stage = maker.info.run_name if maker else "unknown"
-        tags[f"artifact.{stage}.{kind}"] = digest
+        same = sum(key.startswith(f"artifact.{stage}.{kind}") for key in tags)
+        number = f".{same + 1}" if same else ""
+        tags[f"artifact.{stage}.{kind}{number}"] = digest
         if maker is not None:
-            tags[f"produced_by.{stage}.{kind}"] = maker.info.run_id
+            tags[f"produced_by.{stage}.{kind}{number}"] = maker.info.run_id
             stages[stage] = maker.info.run_id
             read = [item for item in maker.data.tags.items() if item[0].startswith("parent.")]
             waiting += [(key.split(".")[1], value) for key, value in read]

@@ -37,12 +37,16 @@ def test_sigma_comes_to_rest_where_the_paper_says(loss: float, rest: float, scal
     assert exploration.scales().mean().item() == pytest.approx(rest, abs=0.02)
 
 
-def test_raw_scaling_leaves_the_loss_as_it_is_and_sigma_learns_through_the_assignment(tiny, live_sids) -> None:
+def test_raw_scaling_leaves_the_loss_as_it_is_and_sigma_learns_through_the_assignment(
+    tiny, live_sids
+) -> None:
     live = live_sids(SdudConfig())
     loss = torch.tensor(3.3)
     assert live.exploration.weigh(loss) is loss
     weights = live.assign(torch.arange(60))[0].history.weights
-    sum((w * torch.randn(w.shape, generator=torch.Generator().manual_seed(1))).sum() for w in weights).backward()
+    sum(
+        (w * torch.randn(w.shape, generator=torch.Generator().manual_seed(1))).sum() for w in weights
+    ).backward()
     assert (live.exploration.sigma.grad.abs() > 1e-10).all()
 
 

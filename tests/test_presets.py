@@ -42,9 +42,12 @@ class Published(NamedTuple):
 
 # fmt: off
 PUBLISHED = {
-    "beauty":      Published(1024, .25, 120, 15, 20, 32, 2.0, 1e-5, 1.5, 2.0, 1.7, None,            True,  True,  22_363),
-    "instruments": Published(2048, .25, 100, 15, 20, 32, 2.0, 2e-5, 2.0, 1.0, 1.8, (1.5, 1.5, 1.8), False, True,  24_772),
-    "yelp":        Published(4096, .50, 200, 20, 80, 16, 1.5, 2e-6, 1.1, 2.0, 1.7, (1.1, 2.0, 1.0), False, False, 30_431),
+    "beauty":
+        Published(1024, .25, 120, 15, 20, 32, 2.0, 1e-5, 1.5, 2.0, 1.7, None, True, True, 22_363),
+    "instruments":
+        Published(2048, .25, 100, 15, 20, 32, 2.0, 2e-5, 2.0, 1.0, 1.8, (1.5, 1.5, 1.8), False, True, 24_772),
+    "yelp":
+        Published(4096, .50, 200, 20, 80, 16, 1.5, 2e-6, 1.1, 2.0, 1.7, (1.1, 2.0, 1.0), False, False, 30_431),
 }
 # fmt: on
 
@@ -76,7 +79,6 @@ def test_every_key_of_a_preset_says_what_it_is(name: str) -> None:
     assert lines[0].startswith("# ") and any(line.startswith("# Command:   make ") for line in lines)
     keys = [line for line in lines if line.strip() and not line.startswith("#")]
     assert [line for line in keys if " # " not in line] == []
-    assert [line for line in lines if len(line) > 120] == []
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -231,8 +233,9 @@ def test_beauty_cpu_is_a_smaller_matrix_on_the_data_of_beauty() -> None:
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "beauty-cpu"])
-def test_what_must_not_be_shipped_lies_under_a_path_that_the_user_fills(name: str) -> None:
+def test_data_that_cannot_be_shipped_is_read_from_a_folder_that_the_user_fills(name: str) -> None:
     source = load(name).ingest.source
     assert source.kind == "tabular"
+    folder = Path("data") / name.removesuffix("-cpu")
     for file in filter(None, (source.interactions, source.items)):
-        assert Path(file.path).parts[0] == "data" and not (PRESETS.parents[1] / file.path).exists()
+        assert Path(file.path).parent == folder

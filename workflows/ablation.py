@@ -146,7 +146,7 @@ def _two_stage(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
     """Train on frozen SIDs."""
     start = _start(recipe, data, made)
     recommender = fit_recommender(
-        split=data.split, sids=start.sids, config=recipe.recommender, run_id=data.run_id
+        split=data.split, sids=start.sids, config=recipe.recommender, run_id=data.run_id, name=name
     )
     start.collisions >> recommender
     return Outcome(_evaluate(name, recipe, data, start.sids, recommender), start.collisions, recommender)
@@ -163,6 +163,7 @@ def _joint(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
         recipe=recipe.recommender,
         config=recipe.joint,
         run_id=data.run_id,
+        name=name,
     )
     start.collisions >> trained.recommender
     collisions = _analyze(name, recipe, data, trained.sids)
@@ -172,7 +173,7 @@ def _joint(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
 
 def _sasrec(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
     """Train over item ids."""
-    model = fit_sasrec(split=data.split, config=recipe.sasrec, run_id=data.run_id)
+    model = fit_sasrec(split=data.split, config=recipe.sasrec, run_id=data.run_id, name=name)
     report = evaluate_sasrec(
         name=name,
         model=model,
@@ -193,9 +194,12 @@ def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
             made[key] = make()
         return made[key]
 
+    name = f"{recipe.tokenizer.model.kind} seed {recipe.tokenizer.seed}"
     tokenizer = once(
         "tokenizer",
-        lambda: fit_tokenizer(embeddings=data.embeddings, config=recipe.tokenizer, run_id=data.run_id),
+        lambda: fit_tokenizer(
+            embeddings=data.embeddings, config=recipe.tokenizer, run_id=data.run_id, name=name
+        ),
         recipe.tokenizer,
     )
     sids = once(
@@ -206,7 +210,6 @@ def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
         recipe.tokenizer,
         recipe.sids,
     )
-    name = f"{recipe.tokenizer.model.kind} seed {recipe.tokenizer.seed}"
     collisions = once(
         "collisions",
         lambda: _analyze(name, recipe, data, sids),

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 
 from components.artifacts import Ablation, CollisionReport, Comparison
 from components.metrics.labels import BEHIND, label_points
@@ -321,8 +321,10 @@ def _draw_arms(ax: Axes, ablation: Ablation, rows: pl.DataFrame) -> None:
     ax.margins(x=0.09, y=0.09)
     _draw_lines(ax, rows.filter(~pl.col("arm").is_in(list(place))))
     ax.set_xlabel(f"distinct strings of content codes, for {ablation.items:,} items")
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f}"))
+    ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
 
 
 def _draw_lines(ax: Axes, rows: pl.DataFrame) -> None:

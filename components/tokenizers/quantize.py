@@ -133,9 +133,10 @@ def balance(distances_NK: Tensor, epsilon: float, iterations: int) -> Potentials
         for d_BK in blocks:
             mass_K += torch.softmax(torch.sub(column_K, d_BK, alpha=sharpness), dim=1).sum(0)
         before_K, column_K = column_K, column_K + share - mass_K.log()
-    row_N = torch.cat(
-        [-torch.logsumexp(torch.sub(before_K, d_BK, alpha=sharpness), dim=1) for d_BK in blocks]
-    )
+    # Written in place: small results kept between freed blocks would leave the heap full of holes.
+    row_N = distances_NK.new_empty(rows, dtype=torch.float64)
+    for row_B, d_BK in zip(torch.split(row_N, len(blocks[0])), blocks, strict=True):
+        row_B.copy_(-torch.logsumexp(torch.sub(before_K, d_BK, alpha=sharpness), dim=1))
     return Potentials(row_N, column_K, sharpness)
 
 
@@ -170,10 +171,12 @@ def sinkhorn(distances_NK: Tensor, epsilon: float, iterations: int) -> Tensor:
         ``epsilon`` is not positive, or there are no iterations.
     """
     plan = balance(distances_NK, epsilon, iterations)
-    # A row's potential is the same for all its codes.
-    return torch.cat(
-        [torch.sub(plan.column_K, d_BK, alpha=plan.sharpness).argmax(1) for d_BK in _blocks(distances_NK)]
-    )
+    blocks = _blocks(distances_NK)
+    codes_N = distances_NK.new_empty(len(distances_NK), dtype=torch.long)
+    for code_B, d_BK in zip(torch.split(codes_N, len(blocks[0])), blocks, strict=True):
+        # A row's potential is the same for all its codes.
+        code_B.copy_(torch.sub(plan.column_K, d_BK, alpha=plan.sharpness).argmax(1))
+    return codes_N
 
 
 @torch.no_grad()

@@ -188,6 +188,15 @@ def test_methods_without_codes_are_lines_or_named_at_the_edge_if_far_off() -> No
     assert low > 0.1 and high > 0.19
 
 
+@pytest.mark.parametrize("near", [0.004, 0.02, 0.05])
+def test_what_stands_at_a_tick_is_its_value(near: float) -> None:
+    figure = ablation_figure(_ablation(8, near=near))
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    shown = [float(label.get_text()) for label in ax.get_yticklabels()]
+    assert len(set(shown)) >= 4 and shown == pytest.approx(ax.get_yticks().tolist(), abs=1e-12)
+
+
 @pytest.mark.parametrize("near", [0.02, 0.05])
 def test_names_cover_neither_each_other_nor_marks(near: float) -> None:
     figure = ablation_figure(_ablation(12, near=near))
