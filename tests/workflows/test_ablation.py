@@ -102,12 +102,12 @@ def test_every_stage_is_a_finished_child_of_one_run_and_equal_stages_are_made_on
         stage
         for seed in SEEDS
         for stage in (
-            "fit_tokenizer",
+            f"fit_tokenizer rkmeans seed {seed}",
             "assign_sids",
             f"analyze_collisions rkmeans seed {seed}",
-            "fit_recommender",
+            f"fit_recommender plain seed {seed}",
             f"evaluate_recommender plain seed {seed}",
-            "fit_jointly",
+            f"fit_jointly ste seed {seed}",
             f"analyze_collisions ste seed {seed}",
             f"evaluate_recommender ste seed {seed}",
         )
@@ -169,11 +169,11 @@ def test_a_new_arm_runs_alone_and_a_shared_tokenizer_is_not_trained_again(first,
     assert stages(pipelines()[-1]) == Counter(
         [
             "ingest",
-            "fit_sasrec",
+            "fit_sasrec sasrec seed 0",
             "evaluate_sasrec sasrec seed 0",
             "assign_sids",
             "analyze_collisions rkmeans seed 0",
-            "fit_recommender",
+            "fit_recommender few seed 0",
             "evaluate_recommender few seed 0",
             "gather_ablation",
         ]
