@@ -59,7 +59,8 @@ class _Deviation(_Assignment):
     sigma: float = Field(1.0, gt=0)
     """First noise scale of every level (sigma_0)."""
     lam: float = Field(1.3, ge=0)
-    """Offset lambda: the noise is gone once the recommendation loss, in nats a symbol, is below its square."""
+    """Offset lambda: the noise is gone once the recommendation loss, in nats a symbol, is below its square. Not read
+    with scaling raw."""
     scaling: Literal["raw", "scaled", "detached"] = "raw"
     """raw: the recommendation loss stays as it is and sigma learns through the assignments only. scaled: it is
     replaced by L / (2 (sigma + lambda)^2) + log(sigma + lambda), which also shrinks the recommender's gradient.
@@ -237,10 +238,10 @@ def build_exploration(config: ExplorationConfig, codebook_sizes: Sequence[int]) 
 
 
 def gumbel(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Draw standard Gumbel noise, finite for every draw; drawn on the CPU so that devices agree."""
+    """Draw standard Gumbel noise, finite for every draw; from the CPU's stream, so that devices agree."""
     tiny = torch.finfo(torch.float32).tiny
-    uniform = torch.rand(shape, generator=generator).clamp(min=tiny, max=1 - 2**-24)
-    return -torch.log(-torch.log(uniform)).to(device)
+    uniform = torch.rand(shape, generator=generator).to(device).clamp_(min=tiny, max=1 - 2**-24)
+    return -torch.log(-torch.log(uniform))
 
 
 def pick(

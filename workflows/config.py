@@ -52,12 +52,29 @@ class PipelineConfig(Config):
     @model_validator(mode="after")
     def _codebooks_fit_joint_training(self) -> Self:
         smallest, wanted = min(self.tokenizer.model.codebook_sizes), self.joint.top_probability
-        if wanted * smallest <= 1:
+        if self.joint.logit_scale is None and wanted * smallest <= 1:
             raise ValueError(
                 f"joint.top_probability {wanted} must lie above 1/{smallest}, the share of one code in the "
                 "smallest of tokenizer.model.codebook_sizes: raise it, or take larger codebooks"
             )
         return self
+
+    def check_joint(self) -> None:
+        """Refuse a joint run whose table would be refreshed by another rule than made it, before anything is trained.
+
+        Raises
+        ------
+        ValueError
+            The message names the keys that differ.
+        """
+        made, refreshed = self.sids, self.joint.refresh
+        keys = ["assignment"] + ["epsilon", "iterations"] * (made.assignment == "sinkhorn")
+        for key in keys:
+            if getattr(made, key) != getattr(refreshed, key):
+                raise ValueError(
+                    f"sids.{key} is {getattr(made, key)}, joint.refresh.{key} {getattr(refreshed, key)}: joint "
+                    "training would refresh the table by another rule than made it; set both alike"
+                )
 
 
 CHANGES = {
@@ -122,7 +139,12 @@ class AblationConfig(Recipe):
                 raise ValueError(
                     f"arm {arm.name!r}: against {arm.against!r} must name another arm of {names}"
                 )
-            self.resolve(arm, self.seeds[0])
+            recipe = self.resolve(arm, self.seeds[0])
+            if arm.method == "joint":
+                try:
+                    recipe.check_joint()
+                except ValueError as error:
+                    raise ValueError(f"arm {arm.name!r}: {error}") from None
         return self
 
     def against(self, arm: Arm) -> str | None:

@@ -23,6 +23,8 @@ def start_run(workflow: str, config: PipelineConfig) -> str:
         workflow: Name of the workflow.
         config: Settings of the pipeline, a YAML file or JSON.
     """
+    if workflow == "joint":
+        config.check_joint()
     return start_pipeline(workflow, config.name, config)
 
 

@@ -22,6 +22,10 @@ from components.tokenizers.quantize import residual_codes, sinkhorn_codes
 SCHEMA = SidTable.SCHEMAS["codes"]
 
 
+class OverfullBucket(ValueError):
+    """More items share their codes than the suffix can tell apart."""
+
+
 class AssignmentRule(Config):
     """How items get their codes."""
 
@@ -71,7 +75,7 @@ def assign(
     ------
     ArtifactError
         The tokenizer was trained on other embeddings, or on vectors of another width.
-    ValueError
+    OverfullBucket
         More items share their codes than ``suffix_size`` allows.
     """
     width = embeddings.matrix.shape[1]
@@ -140,8 +144,10 @@ def codes_to_table(
 
     Raises
     ------
+    OverfullBucket
+        A bucket holds more items than there are suffixes.
     ValueError
-        A bucket is overfull, or ``previous`` is of another shape.
+        ``previous`` is of another shape.
     """
     frame = pl.DataFrame({"codes": codes_NL.cpu().numpy()}).select(
         pl.int_range(pl.len(), dtype=pl.UInt32).alias("item_id"),
@@ -161,7 +167,7 @@ def codes_to_table(
 def _check_room(frame: pl.DataFrame, suffix_size: int) -> None:
     largest = frame.group_by("codes").len().sort("len", "codes", descending=[True, False]).row(0, named=True)
     if largest["len"] > suffix_size:
-        raise ValueError(
+        raise OverfullBucket(
             f"{largest['len']} items share the codes {largest['codes']}, the suffix tells only {suffix_size} "
             "apart: raise suffix_size, use more or larger codebooks, or assignment=sinkhorn; items of equal "
             "text always collide"

@@ -165,7 +165,7 @@ def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], top_probability: flo
             middle = (low + high) / 2
             top = torch.softmax(-distance_NK / math.exp(middle), dim=-1).amax(dim=-1).mean()
             low, high = (middle, high) if float(top) > top_probability else (low, middle)
-        if abs(float(top) - top_probability) > 0.01:
+        if abs(float(top) - top_probability) > 0.01 * top_probability:
             raise ValueError(
                 f"level {level + 1}: no logit scale gives top_probability {top_probability}, the nearest is "
                 f"{float(top):.3f}; codewords coincide, or the latents are far from a root mean square of 1"
@@ -304,8 +304,8 @@ class LiveSids(nn.Module):
 
         Raises
         ------
-        ValueError
-            More items share codes than there are suffixes.
+        OverfullBucket
+            More items share codes than there are suffixes; the table is then as it was.
         """
         before = self.codes
         codes = self.assigned()

@@ -1,6 +1,6 @@
 """Train tokenizer and recommender together: the recommendation loss moves the codes (DIGER)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -17,17 +17,17 @@ from components.artifacts import (
 from components.config import Config
 from components.exploration import ExplorationConfig, GumbelConfig, SdudConfig, SdudFrqudConfig
 from components.folders import ArtifactError, Provenance
-from components.metrics.sids import CollapseError
+from components.metrics.sids import COLLAPSED_AT, CollapseError
 from components.recommenders.build import build_recommender, check_paths
 from components.recommenders.popularity import count_events
-from components.seams import Quantized, SequenceBatch
+from components.seams import SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
-from components.tokenizers.quantize import straight_through
-from components.tokenizers.sids import AssignmentRule
+from components.tokenizers.sids import AssignmentRule, OverfullBucket
 from components.tokenizers.sources import LiveSids, Paths
 from components.tokenizers.suffix_cost import Occupancy, occupancy, suffix_cost
 from components.tokenizers.trie import build_trie
+from components.training.joint_figures import exploration_figures, gradient_figures, table_figures
 from components.training.loop import Halt, Log, State, cosine, device_of, fit
 from components.training.recommender import (
     RecommenderStage,
@@ -103,8 +103,8 @@ class JointStage(Config):
     """Weight of the squared error of the quantised latents."""
     suffix_cost: float = Field(0.0, ge=0)
     """Weight of the expected cost of the suffix, which the recommendation loss cannot send to the codes; 1 by
-    derivation (see ``tokenizers.suffix_cost``), 0 as published. It balances the path through the target and is
-    multiplied by ``paths.target_weight`` as well."""
+    derivation (see ``tokenizers.suffix_cost``), 0 as published. It balances the path through the target, which must be
+    open, and shares its weights. Takes (buckets of the table) x (items of a batch) x 4 bytes, twice."""
     train_encoder: bool = False
     """Train the encoder too; frozen, its latents are computed once."""
     refresh: RefreshConfig = RefreshConfig()
@@ -127,6 +127,23 @@ class JointConfig(Config):
             return self
         paths = self.joint.paths
         check_paths(self.recommender.model, history=paths.history, teacher_forcing=paths.teacher_forcing)
+        return self
+
+    @model_validator(mode="after")
+    def _suffix_cost_has_a_counterpart(self) -> Self:
+        joint = self.joint
+        if not joint.suffix_cost:
+            return self
+        if joint.routing == "historical" or not joint.paths.target:
+            raise ValueError(
+                "joint.suffix_cost balances the gradient through the target: it needs joint.routing end_to_end and "
+                "joint.paths.target true; set it to 0, or open the path"
+            )
+        if getattr(joint.exploration, "scaling", "raw") == "scaled":
+            raise ValueError(
+                "joint.suffix_cost cannot balance a recommendation loss that joint.exploration.scaling=scaled "
+                "rescales: take raw or detached, or set joint.suffix_cost to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -194,9 +211,8 @@ def train_jointly(
         Embeddings, tokenizer, table and split do not belong together, or the table was made by another rule than
         it would be refreshed by.
     CollapseError
-        The codes collapsed before any epoch was validated as sound.
-    ValueError
-        A bucket outgrew ``suffix_size``.
+        The codes collapsed, or a bucket outgrew ``suffix_size``, before any epoch was validated as sound. Later, the
+        best epoch before is returned.
 
     References
     ----------
@@ -250,7 +266,8 @@ def train_jointly(
     first, moved = live.codes.clone(), torch.zeros(len(live.codes))
     start = table_figures(live)
     mass_N = (torch.from_numpy(count_events(split.train["sequence"], split.num_items)).float() + 1).to(device)
-    occupied: Occupancy
+    occupied: Occupancy | None = None
+    overfull: OverfullBucket | None = None
     probe: dict[str, float] = {}
 
     def step(batch: SequenceBatch) -> Mapping[str, Tensor]:
@@ -266,16 +283,13 @@ def train_jointly(
         parts = {"recommendation": recommendation, "quantisation": quantisation}
         figures = {}
         if joint.suffix_cost:
-            # Straight-through, as in the recommendation loss: each code is priced beside the table's other codes.
-            weights = [
-                straight_through(code_U, soft_UK)
-                for code_U, soft_UK in zip(live.codes[batch.unique].T, quantized.probabilities, strict=True)
-            ]
-            cost_U = suffix_cost(weights, batch.unique, occupied)
+            assert tokens.target.weights is not None and occupied is not None
+            # The weights of the target: each code is priced beside the others that the loss predicts with it.
+            cost_U = suffix_cost(tokens.target.weights, batch.unique, occupied)
             figures["suffix_cost"] = (target_shares(batch, recommender.positions) * cost_U).sum()
             # Divided as the mean over the steps divides the cross-entropy of the suffix that it stands for.
-            weight = joint.suffix_cost * joint.paths.target_weight
-            parts["suffix_cost"] = weight * figures["suffix_cost"] / live.space.num_steps
+            weight = joint.recommendation_weight * joint.suffix_cost / live.space.num_steps
+            parts["suffix_cost"] = weight * figures["suffix_cost"]
         if not probe:
             probe.update(gradient_figures(parts, list(live.tokenizer.codebooks)))
         return {
@@ -288,17 +302,22 @@ def train_jointly(
         }
 
     def batches(number: int) -> Iterator[SequenceBatch]:
-        nonlocal moved, occupied
+        nonlocal moved, occupied, overfull
         probe.clear()
         if joint.suffix_cost:
             occupied = occupancy(live.codes, mass_N, live.space.codebook_sizes)
         yield from batches_of(number)
         # Behind the epoch's last step: the table that is validated is the one that the next epoch reads.
         if (number + 1) % joint.refresh.every == 0:
-            moved = live.refresh()
+            try:
+                moved, overfull = live.refresh(), None
+            except OverfullBucket as error:
+                overfull = error
 
     def validate(number: int) -> Mapping[str, float]:
         table = table_figures(live)
+        if overfull is not None:
+            raise Halt(f"epoch {number}: {overfull}", table)
         figures = {
             **validator(recommender, live.symbols, build_trie(live.symbols)),
             "sids/churn": float(moved.float().mean()),
@@ -330,7 +349,7 @@ def train_jointly(
     live.load_state_dict(result.best["sids"])
     metrics = dict(result.metrics)
     if result.halted:
-        metrics["sids/collapsed_at_epoch"] = float(result.halted[0])
+        metrics[COLLAPSED_AT] = float(result.halted[0])
     provenance = Provenance(
         config=config.model_dump(mode="json"),
         parents={
@@ -387,14 +406,18 @@ def check_rule(live: LiveSids) -> None:
 def check_collapse(
     epoch: int, figures: Mapping[str, float], start: Mapping[str, float], config: CollapseConfig
 ) -> None:
-    """Halt training if a level's perplexity has fallen too far below its start; name epoch, level and figure."""
+    """Halt training if a level's perplexity has fallen too far below its start; name epoch, level and figure.
+
+    Where a balanced table hides it, the perplexity of the nearest codes is what counts.
+    """
+    balanced = any(name.startswith("sids/nearest_perplexity/") for name in start)
+    group = "sids/nearest_perplexity/level" if balanced else "sids/perplexity/level"
     for name, first in start.items():
-        if name.startswith("sids/perplexity/") and figures[name] < config.min_perplexity * first:
-            level = name.removeprefix("sids/perplexity/level")
+        if name.startswith(group) and figures[name] < config.min_perplexity * first:
             raise Halt(
-                f"epoch {epoch}: the codes of level {level} collapse, perplexity {figures[name]:.1f} of {first:.1f} "
-                f"at the start (wanted at least {config.min_perplexity:.0%} of it); lower tokenizer_lr, add noise or "
-                "set suffix_cost",
+                f"epoch {epoch}: the codes of level {name.removeprefix(group)} collapse, perplexity "
+                f"{figures[name]:.1f} of {first:.1f} at the start, below joint.collapse.min_perplexity "
+                f"{config.min_perplexity:g}; lower joint.tokenizer_lr, add noise or set joint.suffix_cost",
                 figures,
             )
 
@@ -407,60 +430,3 @@ def target_shares(batch: SequenceBatch, positions: Literal["all", "last"]) -> Te
         later[:, 0] = False
         predicted = torch.cat([batch.items[later], predicted])
     return torch.bincount(predicted, minlength=len(batch.unique)) / len(predicted)
-
-
-def gradient_figures(parts: Mapping[str, Tensor], codebooks: Sequence[Tensor]) -> dict[str, float]:
-    """Measure by level what each part of the loss asks of the codebooks: norms, and a cosine.
-
-    The cosine is that of the recommendation's gradient with the sum of all others: below 0 they pull apart.
-    """
-    gradients = {}
-    for name, part in parts.items():
-        found = torch.autograd.grad(part, codebooks, retain_graph=True, allow_unused=True)
-        gradients[name] = [
-            torch.zeros_like(book) if g is None else g for g, book in zip(found, codebooks, strict=True)
-        ]
-    figures = {}
-    for level in range(len(codebooks)):
-        for name, by_level in gradients.items():
-            figures[f"codebook_gradient/{name}/level{level + 1}"] = float(by_level[level].norm())
-        own = gradients["recommendation"][level]
-        others = torch.stack([g[level] for name, g in gradients.items() if name != "recommendation"]).sum(
-            dim=0
-        )
-        cosine_ = torch.nn.functional.cosine_similarity(own.flatten(), others.flatten(), dim=0)
-        figures[f"gradient_cosine/level{level + 1}"] = float(cosine_)
-    return figures
-
-
-def exploration_figures(quantized: Quantized, table_UL: Tensor) -> dict[str, Tensor]:
-    """Return by level how codes are drawn: agreements, top probability, who explores, and how much.
-
-    Drawn against nearest says how much is explored: near 1/K codes are random, near 1 noise does nothing.
-    """
-    figures = {}
-    for level, soft_UK in enumerate(quantized.probabilities):
-        name = f"level{level + 1}"
-        drawn, nearest = quantized.codes[:, level], quantized.greedy[:, level]
-        noise_U = quantized.noise[:, level]
-        figures[f"agree/drawn_nearest/{name}"] = (drawn == nearest).float().mean()
-        figures[f"agree/nearest_table/{name}"] = (nearest == table_UL[:, level]).float().mean()
-        figures[f"agree/drawn_table/{name}"] = (drawn == table_UL[:, level]).float().mean()
-        figures[f"top_probability/{name}"] = soft_UK.detach().amax(dim=-1).mean()
-        figures[f"hot_share/{name}"] = (noise_U > 0).float().mean()
-        figures[f"noise/{name}"] = noise_U.mean()
-    return figures
-
-
-def table_figures(live: LiveSids) -> dict[str, float]:
-    """Return the state of the table: codes in use and perplexity by level, collisions, largest bucket."""
-    figures = {}
-    for level, (size, code_N) in enumerate(zip(live.space.codebook_sizes, live.codes.T, strict=True)):
-        share = torch.bincount(code_N, minlength=size).double() / len(code_N)
-        figures[f"sids/perplexity/level{level + 1}"] = float(torch.special.entr(share).sum().exp())
-        figures[f"sids/codes_in_use/level{level + 1}"] = float((share > 0).sum())
-    buckets = torch.unique(live.codes, dim=0, return_counts=True)[1]
-    figures["sids/distinct"] = float(len(buckets))
-    figures["sids/colliding"] = float(buckets[buckets > 1].sum()) / len(live.codes)
-    figures["sids/largest_bucket"] = float(buckets.max())
-    return figures

@@ -20,6 +20,7 @@ from components.recommenders.tiger import TigerConfig
 from components.seams import SequenceBatch
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.sids import SidConfig, assign, assign_codes, table_symbols
+from components.tokenizers.sources import LiveSids
 from components.tokenizers.trie import build_trie
 from components.training.joint import (
     CollapseConfig,
@@ -110,28 +111,21 @@ def test_same_seed_same_bytes(tiny, joint) -> None:
     assert other.recommender.fingerprint != joint.recommender.fingerprint
 
 
-def test_resumed_joint_run_equals_an_unbroken_one(tiny, joint) -> None:
+def test_resumed_joint_run_equals_an_unbroken_one(tiny) -> None:
+    """Running shares, learned noise, its stream, the moving table and its occupancy all belong to the state."""
+    stage = JointStage(
+        exploration=SdudFrqudConfig(momentum=0.9, ratio=1.0, scaling="detached"),
+        suffix_cost=1.0,
+        tokenizer_lr=0.02,
+    )
+    recipe = STAGE.model_copy(update={"loop": LoopConfig(epochs=3, log_every=100)})
     states: list = []
-    train_jointly(
-        tiny.split,
-        tiny.embeddings,
-        tiny.tokenizer,
-        tiny.sids,
-        JointConfig(recommender=STAGE),
-        _ignore,
-        save=states.append,
-    )
-    resumed = train_jointly(
-        tiny.split,
-        tiny.embeddings,
-        tiny.tokenizer,
-        tiny.sids,
-        JointConfig(recommender=STAGE),
-        _ignore,
-        resume=states[0],
-    )
-    assert resumed.recommender.fingerprint == joint.recommender.fingerprint
-    assert resumed.sids.fingerprint == joint.sids.fingerprint
+    unbroken, *_ = _logged(tiny, stage, recipe, save=states.append)
+    resumed, *_ = _logged(tiny, stage, recipe, resume=states[0])
+    assert unbroken.recommender.epoch > 1
+    assert resumed.recommender.fingerprint == unbroken.recommender.fingerprint
+    assert resumed.tokenizer.fingerprint == unbroken.tokenizer.fingerprint
+    assert resumed.sids.fingerprint == unbroken.sids.fingerprint != tiny.sids.fingerprint
 
 
 def test_high_tokenizer_lr_moves_items_and_the_figures_say_so(tiny) -> None:
@@ -257,7 +251,7 @@ COLLAPSES = JointStage(
 )
 
 
-def test_collapse_stops_the_run_by_name_and_keeps_the_last_sound_epoch(tiny) -> None:
+def test_collapse_stops_the_run_by_name_and_keeps_the_best_epoch_before_it(tiny) -> None:
     """All codewords run to one point at this rate; the epochs before the fall are what is handed on."""
     gentle = COLLAPSES.model_copy(
         update={"tokenizer_lr": 0.05, "collapse": CollapseConfig(min_perplexity=0.6)}
@@ -330,20 +324,59 @@ def test_a_balanced_table_is_refreshed_by_the_rule_that_made_it(tiny) -> None:
     assert steps[-1]["train/agree/nearest_table/level3"] < 0.95
 
 
-def test_the_table_rests_between_two_refreshes(tiny) -> None:
+def test_the_table_rests_between_two_refreshes(tiny, monkeypatch) -> None:
+    calls, refresh = [], LiveSids.refresh
+    monkeypatch.setattr(LiveSids, "refresh", lambda live: calls.append(1) or refresh(live))
     recipe = STAGE.model_copy(update={"loop": LoopConfig(epochs=4, validate_every=2, log_every=100)})
-    seen = []
-    _logged(
-        tiny,
-        JointStage(tokenizer_lr=0.02, refresh=RefreshConfig(every=2)),
-        recipe,
-        save=lambda state: seen.append(state["modules"]["sids"]["codes"]),
+    _, epochs, _ = _logged(tiny, JointStage(tokenizer_lr=0.02, refresh=RefreshConfig(every=2)), recipe)
+    assert len(calls) == len(epochs) == 2
+    assert all(epoch["sids/churn"] > 0 for epoch in epochs)
+
+
+def test_a_bucket_that_outgrows_its_suffixes_ends_the_run_at_what_was_sound(tiny) -> None:
+    """No guard is set: a table that cannot be written is a collapse by itself."""
+    stage = COLLAPSES.model_copy(update={"tokenizer_lr": 0.05, "collapse": None})
+    recipe = STAGE.model_copy(update={"loop": LoopConfig(epochs=12, log_every=100)})
+    _, epochs, _ = _logged(tiny, stage, recipe)
+    largest = [int(epoch["sids/largest_bucket"]) for epoch in epochs]
+    room = largest[0]
+    assert max(largest) > room
+    narrow = assign(tiny.tokenizer, tiny.embeddings, SidConfig(suffix_size=room))
+    result, epochs, _ = _logged(tiny, stage, recipe, sids=narrow)
+    assert f"epoch {len(epochs)}: " in result.collapsed
+    assert f"the suffix tells only {room} apart" in result.collapsed
+    assert 1 <= result.recommender.epoch < len(epochs) <= 12
+    result.recommender.check_sids(result.sids)
+
+
+def test_a_balanced_table_does_not_hide_codewords_that_run_together(tiny) -> None:
+    rule = {"assignment": "sinkhorn", "epsilon": 0.01}
+    balanced = assign(tiny.tokenizer, tiny.embeddings, SidConfig(suffix_size=120, **rule))
+    stage = COLLAPSES.model_copy(
+        update={"refresh": RefreshConfig(**rule), "tokenizer_lr": 0.05, "collapse": CollapseConfig()}
     )
-    assert len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    recipe = STAGE.model_copy(update={"loop": LoopConfig(epochs=12, log_every=100)})
+    result, epochs, _ = _logged(tiny, stage, recipe, sids=balanced)
+    assert result.collapsed is not None
+    level = re.match(r"epoch \d+: the codes of level (\d) collapse", result.collapsed)[1]
+    assert epochs[-1][f"sids/perplexity/level{level}"] > epochs[-1][f"sids/nearest_perplexity/level{level}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"routing": "historical"}, "needs joint.routing end_to_end"),
+        ({"paths": PathsConfig(target=False)}, "needs .* joint.paths.target true"),
+        ({"exploration": SdudFrqudConfig(scaling="scaled")}, "scaling=scaled rescales"),
+    ],
+)
+def test_suffix_cost_without_its_counterpart_is_refused(settings, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        JointConfig(recommender=STAGE, joint=JointStage(suffix_cost=1.0, **settings))
 
 
 def test_suffix_cost_keeps_more_names_apart_where_the_target_alone_merges_them(tiny) -> None:
-    """Only recommendation and suffix cost pull, through the target alone: that is the tug of war."""
+    """Only recommendation and suffix cost pull: that is the tug of war."""
     distinct = []
     for weight in (0.0, 1.0):
         stage = COLLAPSES.model_copy(update={"tokenizer_lr": 0.02, "collapse": None, "suffix_cost": weight})

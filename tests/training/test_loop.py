@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.training.loop import LoopConfig, cosine, fit
+from components.training.loop import Halt, LoopConfig, cosine, fit
 
 
 def _problem(seed: int = 0):
@@ -122,3 +122,35 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert schedule.get_last_lr()[0] == pytest.approx(0.0)
+
+
+def _halts_at(epoch: int):
+    def score(number: int) -> float:
+        if number == epoch:
+            raise Halt(f"enough at {number}", {"perplexity": 1.0})
+        return float(number)
+
+    return score
+
+
+def test_a_halt_returns_the_best_state_before_it_and_saves_nothing_of_its_own() -> None:
+    states, logged = [], []
+    result = _run(
+        LoopConfig(epochs=8, validate_every=2),
+        _halts_at(6),
+        save=states.append,
+        log=lambda step, values: logged.append(dict(values)),
+    )
+    assert result.halted == (6, "enough at 6")
+    assert (result.epoch, result.metrics) == (4, {"score": 4.0})
+    assert [state["epoch"] for state in states] == [2, 4]
+    assert logged[-1]["epoch"] == 6 and logged[-1]["perplexity"] == 1.0
+    resumed = _run(LoopConfig(epochs=8, validate_every=2), _halts_at(6), resume=states[-1])
+    assert (resumed.halted, resumed.epoch) == (result.halted, 4)
+    assert torch.equal(resumed.best["model"]["0.weight"], result.best["model"]["0.weight"])
+
+
+def test_a_halt_before_anything_was_validated_is_the_callers_to_handle() -> None:
+    with pytest.raises(Halt, match="enough at 1"):
+        _run(LoopConfig(epochs=3), _halts_at(1))
+    assert _run(LoopConfig(epochs=2), _halts_at(5)).halted is None
