@@ -265,6 +265,7 @@ def train_jointly(
     names = step_names(live.space.num_levels)
     first, moved = live.codes.clone(), torch.zeros(len(live.codes))
     start = table_figures(live)
+    # One more for each item, so that none is without mass. A user's first event counts too, though it is no target.
     mass_N = (torch.from_numpy(count_events(split.train["sequence"], split.num_items)).float() + 1).to(device)
     occupied: Occupancy | None = None
     overfull: OverfullBucket | None = None
