@@ -17,7 +17,7 @@ from components.metrics.ablation_tables import html_table, markdown_table, table
 from components.metrics.figures import ablation_figure
 from tasks import runtime
 from tasks.flyte_types import by_content
-from tasks.tracking import tracked
+from tasks.tracking import mark_pipeline, tracked
 
 WIDTH = 120
 """Columns of a log file, which has no width of its own."""
@@ -97,6 +97,24 @@ def _measured(
         )
         for run, report in zip(runs, reports, strict=True)
     ]
+
+
+def mark_collapses(result: Ablation, run_id: str) -> None:
+    """Mark the pipeline's run with every arm whose training a collapse has stopped, now or in the run that was cached.
+
+    Parameters
+    ----------
+    result : Ablation
+        Arms over seeds.
+    run_id : str
+        MLflow run of the pipeline.
+    """
+    stopped = result.tables.drop_nulls("collapsed_at_epoch")
+    texts = {
+        f"fit_jointly {arms.run_name(row['arm'], row['seed'])}": f"epoch {row['collapsed_at_epoch']}"
+        for row in stopped.iter_rows(named=True)
+    }
+    mark_pipeline(run_id, "collapsed", texts)
 
 
 def show_ablation(result: Ablation, run_id: str) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import numpy as np
 import polars as pl
 import torch
 from flytekit import task
@@ -30,7 +29,7 @@ def fit_sasrec(
 
     Args:
         split: Folder of a SequenceSplit.
-        config: Recipe, a YAML file or JSON.
+        config: Recipe, a YAML file or JSON. Keys: make keys SECTION=sasrec.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
         name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
@@ -45,22 +44,15 @@ def exact_ranker(scorer: Scorer, config: EvaluateConfig) -> RankFn:
     """Return the function that lists the best of all items for held-out rows, by a scorer's log-probabilities."""
 
     def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
-        items = np.empty((len(frame), config.beams), dtype=np.int64)
-        scores = np.empty(items.shape)
-        for start in range(0, len(frame), config.batch_size):
-            block = frame.slice(start, config.batch_size)
-            listed = rank_exactly(
-                scorer,
-                block["history"],
-                block["target"],
-                k=config.beams,
-                exclude_seen=exclude_seen,
-                batch_size=config.batch_size,
-            ).items
-            own = np.take_along_axis(scorer.scores(block["history"]), np.maximum(listed, 0), axis=1)
-            items[start : start + len(block)] = listed
-            scores[start : start + len(block)] = np.where(listed < 0, -np.inf, own)
-        return Ranking(torch.from_numpy(items), torch.from_numpy(scores))
+        exact = rank_exactly(
+            scorer,
+            frame["history"],
+            frame["target"],
+            k=config.beams,
+            exclude_seen=exclude_seen,
+            batch_size=config.batch_size,
+        )
+        return Ranking(torch.from_numpy(exact.items), torch.from_numpy(exact.scores))
 
     return rank
 

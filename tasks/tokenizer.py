@@ -47,12 +47,13 @@ def fit_tokenizer(
         return checkpoint
 
 
-@task(**runtime.CPU, cache=runtime.cached("1"))
+@task(**runtime.CPU, cache=runtime.cached("1", "name"))
 def assign_sids(
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
     embeddings: Annotated[ContentEmbeddings, by_content],
     config: SidConfig,
     run_id: str = "",
+    name: str = "",
 ) -> Annotated[SidTable, by_content]:
     """Give every item its semantic ID, and a suffix where items share their codes.
 
@@ -61,8 +62,9 @@ def assign_sids(
         embeddings: Folder of the ContentEmbeddings to name.
         config: Rules, a YAML file or JSON. Keys: make keys SECTION=sids.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+        name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked("assign_sids", config, run_id, [tokenizer, embeddings]) as run:
+    with tracked(f"assign_sids {name}".strip(), config, run_id, [tokenizer, embeddings]) as run:
         table = naming.assign(tokenizer, embeddings, config)
         run.output(table)
         return table

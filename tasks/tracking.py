@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from rich.console import Console
+from rich.text import Text
 
 from components.config import Config
 from components.folders import Artifact
@@ -41,7 +42,8 @@ _LONGEST_TAG = 5000
 
 _ERROR_TAGS = {"error.stage", "error.message", "mlflow.note.content"}
 
-_console = Console(highlight=False, soft_wrap=True)
+# No markup: what is shown are names and messages of others, and square brackets are part of them.
+_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def tracking_uri() -> str:
@@ -125,6 +127,11 @@ def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> Non
     client.log_batch(run_id, tags=[RunTag(key, value[:_LONGEST_TAG]) for key, value in tags.items()])
 
 
+def _mark(word: str, stage: str) -> str:
+    """Return the tag in which the run of a pipeline keeps the mark of one of its stages."""
+    return _allowed(f"sidflow.{word}.{stage}")
+
+
 class StageRun:
     """The MLflow run of one stage; ``log`` is what components call with their numbers."""
 
@@ -166,15 +173,20 @@ class StageRun:
         now = int(time.time() * 1000)
         self._pending += [Metric(_allowed(name), float(value), now, 0) for name, value in values.items()]
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Text) -> None:
         """Show a line of progress below the name of the stage."""
-        _console.print(f"    {text}")
+        _console.print(Text("    ").append(text))
 
     def mark(self, word: str, text: str) -> None:
-        """Tag this run, and that of its pipeline, with something that whoever looks must not miss."""
-        self.say(f"[bold red]{word}[/]: {text}")
-        for run_id in filter(None, (self.run_id, self.pipeline)):
-            _set_tags(self.client, run_id, {f"sidflow.{word}": f"{self.stage}: {text}"})
+        """Tag this run, and that of its pipeline, with something that whoever looks must not miss.
+
+        The tag is ``sidflow.<word>`` here and ``sidflow.<word>.<name of this run>`` on the pipeline's run, where
+        several stages may have something to say.
+        """
+        self.say(Text(word, style="bold red").append(f": {text}", style="not bold default"))
+        _set_tags(self.client, self.run_id, {f"sidflow.{word}": text})
+        if self.pipeline:
+            _set_tags(self.client, self.pipeline, {_mark(word, self.stage): text})
 
     def flush(self) -> None:
         """Send what is waiting."""
@@ -224,7 +236,8 @@ def tracked(
     Parameters
     ----------
     stage : str
-        Name of the run.
+        Name of the run. Its first word is the stage proper, which goes into tags that runs are grouped by; what
+        follows tells several runs of the stage apart: ``fit_jointly gumbel seed 0``.
     config : Config, optional
         Logged as parameters, nested keys with dots.
     run_id : str
@@ -238,13 +251,14 @@ def tracked(
         ``run_id`` names no run of the store.
     """
     client = open_store()
+    kind, *_ = stage.split()
     tags = (
-        execution_tags(stage)
+        execution_tags(kind)
         | code_tags()
         | _kinds("parent", parents)
         | {
-            "sidflow.stage": stage,
-            "mlflow.source.name": stage,
+            "sidflow.stage": kind,
+            "mlflow.source.name": kind,
         }
     )
     experiment = _experiment(client, STANDALONE) if not run_id else ""
@@ -366,6 +380,26 @@ def record_result(run_id: str, figures: Mapping[str, float], note: str, figure: 
     run.flush()
     run.figure("comparison", figure)
     _set_tags(run.client, run_id, {"mlflow.note.content": note})
+
+
+def mark_pipeline(run_id: str, word: str, texts: Mapping[str, str]) -> None:
+    """Mark the parent run on behalf of stages that were answered from Flyte's cache and never ran.
+
+    Parameters
+    ----------
+    run_id : str
+        The parent run; empty does nothing.
+    word : str
+        As in ``StageRun.mark``.
+    texts : mapping of str to str
+        Name of the stage's run to what there is to say. What a stage has said itself in this execution stays.
+    """
+    if not run_id:
+        return
+    client = open_store()
+    said = _get_run(client, run_id).data.tags
+    marks = {_mark(word, stage): text for stage, text in texts.items()}
+    _set_tags(client, run_id, {key: text for key, text in marks.items() if key not in said})
 
 
 def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str]:

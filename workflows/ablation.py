@@ -21,7 +21,7 @@ from components.metrics.ablation import headline, run_name
 from components.metrics.ablation_tables import markdown_table
 from components.metrics.figures import ablation_figure
 from tasks import runtime
-from tasks.ablation import ArmRun, gather_ablation, show_ablation
+from tasks.ablation import ArmRun, gather_ablation, mark_collapses, show_ablation
 from tasks.evaluation import evaluate_baselines, evaluate_recommender
 from tasks.flyte_types import by_content
 from tasks.joint import fit_jointly
@@ -58,6 +58,7 @@ def finish_ablation(run_id: str, result: Annotated[Ablation, by_content]) -> Non
     """
     note = markdown_table(result, longest=NOTE)
     record_result(run_id, headline(result), note, ablation_figure(result))
+    mark_collapses(result, run_id)
     finish_pipeline(run_id, [result])
     show_ablation(result, run_id)
 
@@ -205,7 +206,11 @@ def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
     sids = once(
         "sids",
         lambda: assign_sids(
-            tokenizer=tokenizer, embeddings=data.embeddings, config=recipe.sids, run_id=data.run_id
+            tokenizer=tokenizer,
+            embeddings=data.embeddings,
+            config=recipe.sids,
+            run_id=data.run_id,
+            name=name,
         ),
         recipe.tokenizer,
         recipe.sids,

@@ -12,6 +12,7 @@ from components.folders import ArtifactError, Provenance
 from components.metrics.compare import HEADLINE, TITLES, short, signed
 from components.metrics.ranking import COVERAGE
 from components.metrics.report import BASELINES
+from components.metrics.sids import COLLAPSED_AT
 
 DECISIVE = "N@10"
 """Metric that decides: the one that epochs are chosen by on validation."""
@@ -19,8 +20,6 @@ ERRORS = 2
 """An arm is adopted if its mean gain is more than so many standard errors."""
 BASELINE = "baseline"
 """Method of what no seed changes."""
-COLLAPSED = "sids/collapsed_at_epoch"
-"""Figure that joint training leaves in a checkpoint if it stopped because the codes collapsed."""
 
 
 class Measured(NamedTuple):
@@ -36,6 +35,19 @@ class Measured(NamedTuple):
     """Of the table that was evaluated; None for methods without SIDs."""
     recommender: RecommenderCheckpoint | None
     """What was evaluated; None for methods without SIDs."""
+
+
+def chance_adoption(seeds: int) -> float:
+    """Return the probability that an arm without any effect is adopted, ``P(t > ERRORS)`` at seeds - 1 degrees.
+
+    The differences of the seeds are taken as normal and independent, which few seeds cannot check.
+
+    Parameters
+    ----------
+    seeds : int
+        Seeds of each arm, >= 2.
+    """
+    return float(stats.t.sf(ERRORS, seeds - 1))
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -215,7 +227,7 @@ def _codes(each: Measured) -> pl.DataFrame:
 def _table_row(each: Measured) -> tuple[Any, ...]:
     assert each.collisions is not None
     figures = each.collisions.figures
-    epoch = each.recommender.metrics.get(COLLAPSED) if each.recommender is not None else None
+    epoch = each.recommender.metrics.get(COLLAPSED_AT) if each.recommender is not None else None
     return (
         each.arm,
         each.seed,

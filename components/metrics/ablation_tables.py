@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from components.artifacts import Ablation
-from components.metrics.ablation import DECISIVE, ERRORS, verdicts
+from components.metrics.ablation import DECISIVE, ERRORS, chance_adoption, verdicts
 from components.metrics.compare import HEADLINE, short, signed
-from components.metrics.report import SEEN
+from components.metrics.report import blocks_of
 
 DIFFERENCES = ("R@10", "N@10")
 """Metrics whose differences are shown."""
@@ -33,8 +33,7 @@ class Grid(NamedTuple):
 
 def grids(ablation: Ablation) -> list[Grid]:
     """Lay the ablation out: values for each treatment of seen items, then codes."""
-    blocks = [seen for seen in SEEN if seen in ablation.summary["seen"]]
-    values = [_values_grid(ablation, seen) for seen in blocks]
+    values = [_values_grid(ablation, seen) for seen in blocks_of(ablation.summary["seen"])]
     return [*values, _codes_grid(ablation)] if len(ablation.tables) else values
 
 
@@ -111,6 +110,9 @@ def _values_caption(ablation: Ablation, usual: str | None) -> str:
         text += (
             f"{delta}, paired by seed, with the half-width of its 95 % Student-t interval. "
             f"Adopted: Δ {DECISIVE} is more than {ERRORS} of its standard errors. "
+            f"With {len(ablation.seeds)} seeds an arm without effect passes with probability "
+            f"{short(chance_adoption(len(ablation.seeds)), 2)}; {len(pairs)} "
+            f"{'arm was' if len(pairs) == 1 else 'arms were'} compared. "
         )
     return text + "Baselines have no seed. Other users would add to these errors."
 

@@ -17,7 +17,7 @@ from components.artifacts import Comparison, EvaluationReport
 from components.config import Config
 from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import contributions, paired_bootstrap
-from components.metrics.report import BASELINES, SEEN
+from components.metrics.report import BASELINES, blocks_of
 
 HEADLINE = ("R@5", "R@10", "N@5", "N@10")
 TITLES = {
@@ -57,7 +57,7 @@ def compare(reports: Sequence[EvaluationReport], config: CompareConfig) -> Compa
                 f"reports are of different splits ({reports[0].split[:12]} and {report.split[:12]}): "
                 "their numbers do not compare; evaluate all methods on one split"
             )
-        ours, theirs = (_blocks(r.ranks) for r in (reports[0], report))
+        ours, theirs = (blocks_of(r.ranks["seen"]) for r in (reports[0], report))
         if ours != theirs:
             raise ArtifactError(
                 f"reports rank with seen items {' and '.join(ours)}, and with seen items {' and '.join(theirs)}: "
@@ -123,7 +123,7 @@ def table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> Table:
     view.add_column("seen", no_wrap=True, style="dim")
     for metric in metrics:
         view.add_column(metric, justify="right")
-    for block in _blocks(wide):
+    for block in blocks_of(wide["seen"]):
         rows = wide.filter(pl.col("seen") == block)
         for number, row in enumerate(rows.iter_rows(named=True)):
             cells = [_cell(row[metric], best=row[metric]["best"]) for metric in metrics]
@@ -142,7 +142,7 @@ def markdown_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) ->
     """Lay the comparison out as Markdown, with the 95 % intervals."""
     lines = ["| method | seen | " + " | ".join(metrics) + " |", "|---|---|" + "---|" * len(metrics)]
     wide = _wide(comparison, metrics)
-    for block in _blocks(wide):
+    for block in blocks_of(wide["seen"]):
         for row in wide.filter(pl.col("seen") == block).iter_rows(named=True):
             cells = [f"{short(row[metric]['value'])} ({_interval(row[metric])})" for metric in metrics]
             method = row["method"].replace("|", "\\|")
@@ -160,7 +160,7 @@ def html_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str
         for i, title in enumerate(["method", *metrics])
     )
     body = []
-    for block in _blocks(wide):
+    for block in blocks_of(wide["seen"]):
         body.append(
             f'<tr><td colspan="{len(metrics) + 1}" style="padding:12px 0 3px;color:#555;font-style:italic;'
             f'border-bottom:1px solid #ccc">{escape(TITLES[block])}</td></tr>'
@@ -173,7 +173,7 @@ def html_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str
                 for m in metrics
             )
             body.append(f'<tr><td style="{name}">{escape(row["method"])}</td>{cells}</tr>')
-    apart = " The two blocks do not compare with one another." if len(_blocks(wide)) > 1 else ""
+    apart = " The two blocks do not compare with one another." if len(blocks_of(wide["seen"])) > 1 else ""
     return (
         '<table style="border-collapse:collapse;font:14px/1.4 system-ui,sans-serif;color:#222">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -218,11 +218,6 @@ def _merge(
     )
 
 
-def _blocks(frame: pl.DataFrame) -> list[str]:
-    """Return the treatments of seen items that a frame holds, in the order of all tables."""
-    return [seen for seen in SEEN if seen in frame["seen"]]
-
-
 def _in_order(methods: list[str]) -> list[str]:
     return [m for m in BASELINES if m in methods] + [m for m in methods if m not in BASELINES]
 
@@ -230,7 +225,7 @@ def _in_order(methods: list[str]) -> list[str]:
 def _sides(ranks: pl.DataFrame, methods: list[str], metrics: Sequence[str]) -> Iterator[_Side]:
     """Give every method's contributions with the users in one order."""
     users = None
-    for seen in _blocks(ranks):
+    for seen in blocks_of(ranks["seen"]):
         for method in methods:
             rows = ranks.filter(pl.col("method") == method, pl.col("seen") == seen).sort("user_id")
             if users is not None and not rows["user_id"].equals(users):

@@ -1,7 +1,7 @@
 """Figures of a run. Each function returns a matplotlib figure of its own and touches no global state."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 
 from components.artifacts import Ablation, CollisionReport, Comparison
-from components.metrics.labels import BEHIND, label_points
+from components.metrics.labels import label_points
+from components.metrics.report import blocks_of
 from components.metrics.sids import group_sizes
 
 # Okabe and Ito's palette: told apart by readers with any kind of colour vision, and in grey.
@@ -34,6 +35,8 @@ SPREAD = 30.0
 GREY = "#777777"
 ARMS = {"two_stage": BLUE, "joint": RED}
 ARM_NAMES = {"two_stage": "two-stage", "joint": "joint"}
+BEHIND = 1.0
+"""Z-order of lines that run behind the points."""
 NEAR = 0.35
 """A line further from the arms than this share of their range is named at the panel's edge."""
 MARKS = {"kept": ("o", BLUE), "excluded": ("s", RED)}
@@ -274,22 +277,31 @@ def ablation_figure(ablation: Ablation, metric: str = "R@10") -> Figure:
         raise ValueError(
             f"the ablation holds no {metric}; it holds {sorted(set(ablation.summary['metric']))}"
         )
-    blocks = [seen for seen in MARKS if seen in rows["seen"]]
+    blocks = blocks_of(rows["seen"])
     figure = Figure(figsize=(9.6 * len(blocks), 6.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # labels are placed by their size in pixels
     axes = figure.subplots(1, len(blocks), squeeze=False)[0]
+    drawn = [_draw_arms(ax, ablation, rows.filter(seen=seen)) for ax, seen in zip(axes, blocks, strict=True)]
     for ax, seen in zip(axes, blocks, strict=True):
-        _draw_arms(ax, ablation, rows.filter(seen=seen))
         ax.set_title(f"{metric}, seen items {seen}", loc="left", fontsize=11, color=INK)
     if len(ablation.tables):
         _explain_arms(figure, ablation)
     figure.draw_without_rendering()
-    for ax in axes:
-        label_points(ax)
+    for ax, (dots, lines) in zip(axes, drawn, strict=True):
+        label_points(ax, dots, lines)
     return figure
 
 
-def _draw_arms(ax: Axes, ablation: Ablation, rows: pl.DataFrame) -> None:
+class _Drawn(NamedTuple):
+    """What names of arms must not cover, beside marks and texts."""
+
+    dots: list[Line2D]
+    """The seeds of each arm."""
+    lines: list[Line2D]
+    """Methods without codes."""
+
+
+def _draw_arms(ax: Axes, ablation: Ablation, rows: pl.DataFrame) -> _Drawn:
     """Draw arms as points and methods without codes as lines; ``rows`` are of one metric and block."""
     place = dict(
         ablation.tables.group_by("arm", maintain_order=True).agg(pl.col("distinct").mean()).iter_rows()
@@ -299,9 +311,10 @@ def _draw_arms(ax: Axes, ablation: Ablation, rows: pl.DataFrame) -> None:
         pl.col("metric") == rows["metric"][0], pl.col("seen") == rows["seen"][0]
     ).join(ablation.tables.select("arm", "seed", "distinct"), on=["arm", "seed"], maintain_order="left")
     arms = rows.filter(pl.col("arm").is_in(list(place)))
+    dots: list[Line2D] = []
     for row in arms.iter_rows(named=True):
         own, colour = seeds.filter(arm=row["arm"]), ARMS[row["method"]]
-        ax.plot(
+        dots += ax.plot(
             own["distinct"], own["value"], "o", color=colour, markersize=3.5, alpha=0.4, markeredgewidth=0
         )
         ax.errorbar(
@@ -319,15 +332,16 @@ def _draw_arms(ax: Axes, ablation: Ablation, rows: pl.DataFrame) -> None:
         )
     _clean(ax, grid="y")
     ax.margins(x=0.09, y=0.09)
-    _draw_lines(ax, rows.filter(~pl.col("arm").is_in(list(place))))
+    lines = _draw_lines(ax, rows.filter(~pl.col("arm").is_in(list(place))))
     ax.set_xlabel(f"distinct strings of content codes, for {ablation.items:,} items")
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    return _Drawn(dots, lines)
 
 
-def _draw_lines(ax: Axes, rows: pl.DataFrame) -> None:
+def _draw_lines(ax: Axes, rows: pl.DataFrame) -> list[Line2D]:
     """Draw methods without codes as lines across the panel, and name those too far off at its edge."""
     values: dict[str, float] = dict(rows.sort("mean").select("arm", "mean").iter_rows())
     low, high = ax.get_ylim() if ax.has_data() else (min(values.values()), max(values.values()))
@@ -339,8 +353,9 @@ def _draw_lines(ax: Axes, rows: pl.DataFrame) -> None:
         min([low, *(value - pad for value in near.values())]), max([high, *(v + pad for v in near.values())])
     )
     style: dict[str, Any] = {"fontsize": 8.5, "color": GREY}
+    lines = []
     for arm, value in near.items():
-        ax.axhline(value, color=GREY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=BEHIND)
+        lines.append(ax.axhline(value, color=GREY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=BEHIND))
         across = ax.get_yaxis_transform()
         ax.annotate(arm, (0, value), xycoords=across, xytext=(4, 2), textcoords="offset points", **style)
     far = {arm: f"{arm} {value:.3f}" for arm, value in values.items() if arm not in near}
@@ -351,6 +366,7 @@ def _draw_lines(ax: Axes, rows: pl.DataFrame) -> None:
         ax.text(0.995, 0.015, f"↓ {below}", va="bottom", **edge)
     if above:
         ax.text(0.995, 0.985, f"↑ {above}", va="top", **edge)
+    return lines
 
 
 def _explain_arms(figure: Figure, ablation: Ablation) -> None:

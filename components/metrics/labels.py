@@ -3,28 +3,37 @@
 Shapes: P points, B boxes (left, bottom, right, top; pixels), C places that a name may take.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-BEHIND = 1.0
-"""Z-order of lines that run behind the points."""
 LEADER = 11.0
 """Points between a mark and its name beyond which a thin line joins them."""
 SWEEPS = 6
 """Most rounds in which names look for a better place."""
 
 
-def label_points(ax: Axes) -> None:
+def label_points(ax: Axes, dots: Sequence[Line2D], lines: Sequence[Line2D]) -> None:
     """Write the label of each error-bar point beside it.
 
-    Names touch no other name, mark, error bar, line at ``BEHIND`` or text where there is room; a name away from its
-    mark is joined to it by a thin line. The figure has an Agg canvas and its layout is done: marks must not move
-    afterwards, and names do not make them.
+    Names touch no other name, mark, error bar, dot, line or text where there is room; a name away from its mark is
+    joined to it by a thin line. The figure has an Agg canvas and its layout is done: marks must not move afterwards,
+    and names do not make them.
+
+    Parameters
+    ----------
+    ax : Axes
+        Panel whose error bars have labels.
+    dots : sequence of Line2D
+        Small marks that are not named and not to be covered, any number each.
+    lines : sequence of Line2D
+        Lines across the panel that are not to be covered.
     """
     canvas, unit = ax.figure.canvas, ax.figure.dpi / 72
     assert isinstance(canvas, FigureCanvasAgg)
@@ -40,12 +49,9 @@ def label_points(ax: Axes) -> None:
         sizes_P2[number] = draft.get_window_extent(renderer).size
         draft.remove()
     ends = [ax.transData.transform(bar.get_segments()[0]) for bars in points for bar in bars[2]]
-    drawn = [
-        line.get_window_extent(renderer).padded(unit) for line in ax.lines if line.get_zorder() == BEHIND
-    ]
+    drawn = [line.get_window_extent(renderer).padded(unit) for line in lines]
     drawn += [text.get_window_extent(renderer) for text in ax.texts]
-    dots = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_alpha() is not None]
-    dots_D2 = np.concatenate([*dots, np.zeros((0, 2))])
+    dots_D2 = np.concatenate([*(ax.transData.transform(dot.get_xydata()) for dot in dots), np.zeros((0, 2))])
     solid_B4 = np.array(
         [[*c - 5.5 * unit, *c + 5.5 * unit] for c in centres_P2]
         + [[*c - 2 * unit, *c + 2 * unit] for c in dots_D2]

@@ -3,7 +3,7 @@
 Shapes: U test users, k length of a list, N items of the catalogue.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -27,6 +27,11 @@ METRICS = EvaluationReport.SCHEMAS["metrics"]
 
 RankFn = Callable[[pl.DataFrame, bool], Ranking]
 """(rows with user_id, history and target; exclude seen items?) -> one list a row, in the order of the rows."""
+
+
+def blocks_of(found: Container[str]) -> list[str]:
+    """Return the treatments of seen items that are among ``found``, in the order of all tables."""
+    return [seen for seen in SEEN if seen in found]
 
 
 class EvaluateConfig(Config):
@@ -65,7 +70,7 @@ class EvaluateConfig(Config):
     @property
     def blocks(self) -> list[str]:
         """The treatments of seen items to evaluate, in the order of all tables."""
-        return [seen for seen in SEEN if seen in self.seen]
+        return blocks_of(self.seen)
 
 
 class Lists(NamedTuple):

@@ -17,6 +17,8 @@ from components.folders import Provenance
 
 GROUPS = CollisionReport.SCHEMAS["groups"]
 LEVELS = CollisionReport.SCHEMAS["levels"]
+COLLAPSED_AT = "sids/collapsed_at_epoch"
+"""Figure that joint training leaves in a checkpoint if it stopped because the codes collapsed."""
 TEXTS_SHOWN = 20
 """Largest groups whose item texts a report carries."""
 COLLAPSED_AT = "sids/collapsed_at_epoch"

@@ -25,6 +25,8 @@ class ExactRanking(NamedTuple):
     """(U,) from 1; 0 where the target is not in the ranking."""
     items: NDArray[np.int64]
     """(U, k) item ids, best first, ties by item id; -1 where fewer than k items may be listed."""
+    scores: NDArray[np.float64]
+    """(U, k) scores of the listed items, -inf beside -1."""
 
 
 class Events(NamedTuple):
@@ -72,6 +74,7 @@ def rank_exactly(
     num_users, wanted = len(histories), targets.to_numpy().astype(np.int64)
     ranks = np.empty(num_users, dtype=np.int64)
     items = np.full((num_users, k), -1, dtype=np.int64)
+    listed = np.full((num_users, k), -np.inf)
     for start in range(0, num_users, batch_size):
         block = slice(start, min(start + batch_size, num_users))
         rows = np.arange(block.stop - block.start)
@@ -87,7 +90,8 @@ def rank_exactly(
         ranks[block] = np.where(hidden, 0, 1 + higher + equal // 2)
         top = best_items(scores, k)
         items[block, : top.shape[1]] = top
-    return ExactRanking(ranks, items)
+        listed[block, : top.shape[1]] = np.where(top < 0, -np.inf, np.take_along_axis(scores, top, axis=1))
+    return ExactRanking(ranks, items, listed)
 
 
 def best_items(scores_UN: NDArray[np.float64], k: int) -> NDArray[np.int64]:

@@ -2,16 +2,26 @@
 
 from io import StringIO
 
+import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
 
 from components.artifacts import Ablation, CollisionReport, EvaluationReport, RecommenderCheckpoint, SidTable
 from components.folders import ArtifactError
-from components.metrics.ablation import COLLAPSED, Measured, ablate, decision, headline, run_name, verdicts
+from components.metrics.ablation import (
+    Measured,
+    ablate,
+    chance_adoption,
+    decision,
+    headline,
+    run_name,
+    summarise,
+    verdicts,
+)
 from components.metrics.ablation_tables import grids, html_table, markdown_table, tables
 from components.metrics.report import METRICS, RANKS
-from components.metrics.sids import CollisionConfig, analyze
+from components.metrics.sids import COLLAPSED_AT, CollisionConfig, analyze
 
 NAMES = ("R@5", "R@10", "N@5", "N@10", "coverage@10")
 BASELINES = {"popularity": 0.03, "itemknn": 0.19}
@@ -123,6 +133,34 @@ def test_an_arm_is_adopted_beyond_two_standard_errors_and_not_at_them(gaps, adop
     assert ("not adopted" not in verdicts(result)[0]) is adopted
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_stated_chance_is_the_share_of_arms_without_effect_that_the_rule_adopts(seeds: int) -> None:
+    arms, rng = 4000, np.random.default_rng(0)
+    runs = pl.DataFrame(
+        {
+            "arm": np.repeat([f"arm {n}" for n in range(arms + 1)], seeds),
+            "method": "joint",
+            "seed": np.tile(np.arange(seeds), arms + 1),
+            "seen": "kept",
+            "metric": "N@10",
+            "value": np.concatenate([np.zeros(seeds), rng.normal(0, 0.01, arms * seeds)]),
+        },
+        schema=Ablation.SCHEMAS["runs"],
+    )
+    summary = summarise(runs, {"arm 0": None} | {f"arm {n}": "arm 0" for n in range(1, arms + 1)})
+    chance = chance_adoption(seeds)
+    assert summary["adopted"].mean() == pytest.approx(chance, abs=4 * (chance * (1 - chance) / arms) ** 0.5)
+
+
+def test_the_table_says_how_easily_its_rule_is_passed_and_how_many_tried() -> None:
+    plain, arms = _arm("plain", PLAIN, None), [*_arm("a", PLAIN), *_arm("b", PLAIN)]
+    caption = grids(ablate([*plain, *arms]))[0].caption
+    assert "With 3 seeds an arm without effect passes with probability .09; 2 arms were compared." in caption
+    two = [each for each in (*plain, *arms[:3]) if each.seed < 2]
+    assert "probability .15; 1 arm was compared." in grids(ablate(two))[0].caption
+    assert "without effect" not in grids(ablate([each for each in plain if each.seed == 0]))[0].caption
+
+
 def test_an_arm_is_compared_with_the_one_it_names() -> None:
     result = ablate(
         [*_arm("plain", [0.1, 0.2], None), *_arm("a", [0.5, 0.6]), *_arm("b", [0.625, 0.725], "a")]
@@ -154,7 +192,7 @@ def test_baselines_stand_once_without_seed_error_or_difference() -> None:
 
 def test_codes_and_the_epoch_of_a_collapse_stand_beside_the_values() -> None:
     measured = [*_arm("plain", [0.1, 0.2], None), *_arm("new", [0.1, 0.2], codes=ONE_CODE)]
-    measured[3] = measured[3]._replace(recommender=_trained(ONE_CODE, {COLLAPSED: 5.0}))
+    measured[3] = measured[3]._replace(recommender=_trained(ONE_CODE, {COLLAPSED_AT: 5.0}))
     result = ablate(measured)
     assert result.items == 16
     assert result.codes.filter(arm="plain", seed=0)["perplexity"].to_list() == pytest.approx([4.0, 4.0])

@@ -197,7 +197,7 @@ def test_what_stands_at_a_tick_is_its_value(near: float) -> None:
     assert len(set(shown)) >= 4 and shown == pytest.approx(ax.get_yticks().tolist(), abs=1e-12)
 
 
-@pytest.mark.parametrize("near", [0.02, 0.05])
+@pytest.mark.parametrize("near", [0.02, 0.05, 0.125])
 def test_names_cover_neither_each_other_nor_marks(near: float) -> None:
     figure = ablation_figure(_ablation(12, near=near))
     (ax,) = figure.axes
@@ -206,10 +206,14 @@ def test_names_cover_neither_each_other_nor_marks(near: float) -> None:
     names = [t for t in ax.texts if t.get_text().startswith("arm")]
     boxes = [Text.get_window_extent(name, renderer) for name in names]
     marks = [ax.transData.transform(bars[0].get_xydata())[0] for bars in _points(ax).values()]
-    assert len(boxes) == 12
+    seeds = [line for line in ax.lines if len(line.get_xdata()) == 3]
+    marks += [point for line in seeds for point in ax.transData.transform(line.get_xydata())]
+    across = [line.get_window_extent(renderer) for line in ax.lines if line.get_linestyle() == "--"]
+    assert len(boxes) == 12 and len(marks) == 12 + 12 * 3 and across
     for number, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:number])
         assert not any(box.contains(*mark) for mark in marks)
+        assert not any(box.overlaps(line) for line in across)
         assert ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
 
 

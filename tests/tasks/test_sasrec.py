@@ -115,6 +115,18 @@ def test_lists_come_with_their_log_probabilities(tiny, evaluated) -> None:
         assert (items[room:] == -1).all() and np.isneginf(found[room:]).all()
 
 
+def test_the_catalogue_is_scored_once_for_each_user(tiny, evaluated) -> None:
+    model, asked = load_sasrec(evaluated[0], tiny.split), []
+
+    class Counting:
+        def scores(self, histories: pl.Series):
+            asked.append(len(histories))
+            return model.scores(histories)
+
+    exact_ranker(Counting(), EvaluateConfig(batch_size=4))(tiny.split.test.head(10), False)
+    assert asked == [4, 4, 2]
+
+
 def test_another_split_is_refused(tiny, evaluated) -> None:
     other = dataclasses.replace(tiny.split, test=tiny.split.test.sort(pl.col("user_id"), descending=True))
     baselines = evaluate_baselines(split=other, config=EVALUATE)

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from components.artifacts import ContentEmbeddings
 from components.config import Config
 from tasks import tracking
-from tasks.tracking import fail_execution, finish_pipeline, start_pipeline, tracked
+from tasks.tracking import fail_execution, finish_pipeline, mark_pipeline, start_pipeline, tracked
 
 
 class Optim(Config):
@@ -128,6 +128,47 @@ def test_a_stage_alone_is_a_run_of_its_own(client):
     found = run_of(client, run.run_id)
     assert "mlflow.parentRunId" not in found.data.tags
     assert client.get_experiment(found.info.experiment_id).name == "stages"
+
+
+def test_runs_of_one_stage_differ_by_name_and_share_the_tags_to_group_them_by(client):
+    with tracked("fit_jointly an arm seed 0") as one, tracked("fit_jointly other seed 1") as other:
+        pass
+    names = {run_of(client, run.run_id).info.run_name for run in (one, other)}
+    assert names == {"fit_jointly an arm seed 0", "fit_jointly other seed 1"}
+    for tag in ("sidflow.stage", "mlflow.source.name", "flyte.task"):
+        assert {run_of(client, run.run_id).data.tags[tag] for run in (one, other)} == {"fit_jointly"}
+
+
+def test_what_several_stages_mark_stands_side_by_side_on_the_pipeline(client, capsys):
+    parent = start_pipeline("ablation", "beauty", Settings())
+    texts = {"fit a seed 0": "level 2 fell to [3.1] :cat: [/]", "fit [b] seed 0": "[bold]level 3"}
+    for stage, text in texts.items():
+        with tracked(stage, None, parent) as run:
+            run.mark("collapsed", text)
+        assert run_of(client, run.run_id).data.tags["sidflow.collapsed"] == text
+    tags = run_of(client, parent).data.tags
+    assert {key: value for key, value in tags.items() if "collapsed" in key} == {
+        "sidflow.collapsed.fit a seed 0": texts["fit a seed 0"],
+        "sidflow.collapsed.fit _b_ seed 0": texts["fit [b] seed 0"],
+    }
+    shown = capsys.readouterr().out.splitlines()
+    assert set(texts) <= set(shown)
+    assert [line.strip() for line in shown if "collapsed" in line] == [
+        f"collapsed: {text}" for text in texts.values()
+    ]
+
+
+def test_a_mark_on_behalf_of_a_cached_stage_does_not_replace_what_a_stage_has_said(client):
+    parent = start_pipeline("ablation", "beauty", Settings())
+    with tracked("fit a", None, parent) as run:
+        run.mark("collapsed", "epoch 5: level 2")
+    mark_pipeline(parent, "collapsed", {"fit a": "epoch 5", "fit b": "epoch 7"})
+    tags = run_of(client, parent).data.tags
+    assert (tags["sidflow.collapsed.fit a"], tags["sidflow.collapsed.fit b"]) == (
+        "epoch 5: level 2",
+        "epoch 7",
+    )
+    mark_pipeline("", "collapsed", {"fit a": "epoch 5"})  # stages run alone have no pipeline
 
 
 def test_a_run_says_where_it_came_from(client):

@@ -9,11 +9,12 @@ import pytest
 from flytekit import FlyteContextManager
 from flytekit.configuration import Image, ImageConfig, SerializationSettings
 
-from components.artifacts import CollisionReport
+from components.artifacts import CollisionReport, RecommenderCheckpoint
 from components.data.planted import plant
 from components.metrics.report import evaluate_baselines
-from components.metrics.sids import CollapseError
+from components.metrics.sids import COLLAPSED_AT, CollapseError
 from tasks.ablation import ArmRun, gather_ablation
+from tasks.flyte_types import stored_at
 from tasks.sasrec import evaluate_sasrec
 from tasks.tracking import open_store
 from workflows.ablation import ablation, run_arms
@@ -103,7 +104,7 @@ def test_every_stage_is_a_finished_child_of_one_run_and_equal_stages_are_made_on
         for seed in SEEDS
         for stage in (
             f"fit_tokenizer rkmeans seed {seed}",
-            "assign_sids",
+            f"assign_sids rkmeans seed {seed}",
             f"analyze_collisions rkmeans seed {seed}",
             f"fit_recommender plain seed {seed}",
             f"evaluate_recommender plain seed {seed}",
@@ -171,7 +172,7 @@ def test_a_new_arm_runs_alone_and_a_shared_tokenizer_is_not_trained_again(first,
             "ingest",
             "fit_sasrec sasrec seed 0",
             "evaluate_sasrec sasrec seed 0",
-            "assign_sids",
+            "assign_sids rkmeans seed 0",
             "analyze_collisions rkmeans seed 0",
             "fit_recommender few seed 0",
             "evaluate_recommender few seed 0",
@@ -192,6 +193,41 @@ def test_a_collapsed_table_ends_the_run_where_collapse_is_no_result(first, data)
     result = ablation(config=settings(data, [TWO_STAGE], seeds=[0], collisions=told))
     assert result.tables["verdict"].to_list() == ["collapsed"]
     assert pipelines()[-1].info.status == "FINISHED"
+
+
+def test_arms_that_collapse_are_marked_on_every_pipeline_also_when_nothing_is_trained_again(
+    first, data
+) -> None:
+    falls = {
+        "name": "falls",
+        "method": "joint",
+        "settings": {
+            "recommender.loop.epochs": 12,
+            "joint.exploration": {"kind": "ste"},
+            "joint.collapse": {"min_perplexity": 0.75},
+            "joint.tokenizer_lr": 0.1,
+            "joint.codebook_weight": 0,
+            "joint.commitment_weight": 0,
+            "joint.latent_reconstruction_weight": 0,
+        },
+    }
+    config = settings(data, [falls])
+    result = ablation(config=config)
+    epochs = dict(result.tables.select("seed", "collapsed_at_epoch").iter_rows())
+    for seed in SEEDS:
+        digest = result.provenance.parents[f"RecommenderCheckpoint falls seed {seed}"]
+        kept = RecommenderCheckpoint.load(stored_at("RecommenderCheckpoint", digest))
+        assert kept.metrics[COLLAPSED_AT] == epochs[seed] > kept.epoch
+    trained = pipelines()[-1]
+    own = {run.info.run_name: run.data.tags.get("sidflow.collapsed", "") for run in children(trained)}
+    marks = {f"sidflow.collapsed.fit_jointly falls seed {seed}": f"epoch {epochs[seed]}" for seed in SEEDS}
+    for key, epoch in marks.items():
+        assert own[key.removeprefix("sidflow.collapsed.")] == trained.data.tags[key]
+        assert trained.data.tags[key].startswith(f"{epoch}: the codes of level")
+    ablation(config=config)
+    again = pipelines()[-1]
+    assert stages(again) == Counter(["ingest"])
+    assert {k: v for k, v in again.data.tags.items() if k.startswith("sidflow.collapsed")} == marks
 
 
 def test_lists_that_do_not_fit_the_runs_are_refused(first) -> None:

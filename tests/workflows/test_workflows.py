@@ -10,7 +10,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
@@ -20,7 +19,6 @@ from components.artifacts import (
     RecommenderCheckpoint,
     SidTable,
 )
-from components.config import PRESETS, load_preset
 from components.data.planted import plant
 from components.metrics.compare import CompareConfig
 from components.metrics.sids import CollapseError
@@ -28,7 +26,7 @@ from tasks.evaluation import compare_reports
 from tasks.home import home
 from tasks.origin import commit
 from tasks.tracking import open_store
-from workflows.config import AblationConfig, PipelineConfig
+from workflows.config import PipelineConfig
 from workflows.joint import joint
 from workflows.two_stage import two_stage
 
@@ -345,12 +343,6 @@ def test_reports_of_earlier_runs_are_compared_by_hand(first, data):
 
 def test_artefacts_say_which_commit_made_them(first, data):
     assert SidTable.load(Path(one_of(data, "SidTable"))).provenance.git == commit()
-
-
-@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_loads(preset):
-    model = AblationConfig if "arms" in yaml.safe_load(preset.read_text()) else PipelineConfig
-    assert load_preset(model, preset).name
 
 
 def test_the_result_stands_on_the_run_that_people_open_first(first):
