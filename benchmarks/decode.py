@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from machine import processor
 from torch import Tensor
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
@@ -231,7 +232,7 @@ def main() -> None:
         f"items ({HISTORY * SPACE.num_steps} tokens) of history; {BEAMS} beams, batches of {USERS} users; "
         f"random weights and SIDs, seed 0. One thread, CPU time, {len(mine)} runs a side, interleaved.",
         "",
-        f"Machine: {_processor()}. Python {platform.python_version()}, torch {torch.__version__}, "
+        f"Machine: {processor()}. Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}. Date: {date.today().isoformat()}. "
         f"Commit: {arguments.commit}. Command: `python benchmarks/decode.py --batches {arguments.batches} "
         f"--repetitions {arguments.repetitions}`.",
@@ -239,14 +240,6 @@ def main() -> None:
     print("\n".join(lines))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text("\n".join(lines) + "\n")
-
-
-def _processor() -> str:
-    """Name the processor; ``platform.processor()`` is empty on most Linux systems."""
-    info = Path("/proc/cpuinfo")
-    models = [s for s in info.read_text().splitlines() if s.startswith("model name")] if info.exists() else []
-    name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {platform.system()}"
 
 
 if __name__ == "__main__":

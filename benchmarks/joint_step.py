@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from machine import processor
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -354,7 +355,7 @@ def main() -> None:
         f"{config.tokenizer.model.latent_dim}, trained for {TOKENIZER_EPOCHS} epochs only, which changes no shape. "
         f"Seed {config.recommender.seed}. One thread; arms interleaved batch by batch, their order rotated.",
         "",
-        f"Machine: {_processor()}, {os.cpu_count()} cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} "
+        f"Machine: {processor()}, {os.cpu_count()} cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} "
         f"after. Python {platform.python_version()}, torch {torch.__version__}. Date: {date.today().isoformat()}. "
         f"Commit: {arguments.commit}. Command: `OMP_NUM_THREADS=1 python benchmarks/joint_step.py "
         f"--batches {count}`, {time.process_time() - started:.0f} CPU-seconds.",
@@ -375,14 +376,6 @@ def _data(stages: Stages, config: PipelineConfig) -> str:
 
 def _codebooks(config: PipelineConfig) -> str:
     return " x ".join(str(size) for size in config.tokenizer.model.codebook_sizes)
-
-
-def _processor() -> str:
-    """Name the processor; ``platform.processor()`` is empty on most Linux systems."""
-    info = Path("/proc/cpuinfo")
-    models = [s for s in info.read_text().splitlines() if s.startswith("model name")] if info.exists() else []
-    name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {platform.system()}"
 
 
 if __name__ == "__main__":

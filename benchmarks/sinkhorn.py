@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from machine import processor
 from torch import Tensor
 
 from components.tokenizers.quantize import residual_codes, sinkhorn, sinkhorn_codes, squared_distances
@@ -175,7 +176,7 @@ def main() -> None:
         "case once, in a process of its own; times are of the assignment alone, peak resident memory is of the "
         "process from its start.",
         "",
-        f"Machine: {_processor()}. Python {platform.python_version()}, torch {torch.__version__}. "
+        f"Machine: {processor()}. Python {platform.python_version()}, torch {torch.__version__}. "
         f"Date: {date.today().isoformat()}. Commit: {arguments.commit}. Command: `python benchmarks/sinkhorn.py "
         f"--items {arguments.items} --compared {arguments.compared} --width {arguments.width} "
         f"--calls {arguments.calls}`.",
@@ -183,14 +184,6 @@ def main() -> None:
     print("\n".join(lines))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text("\n".join(lines) + "\n")
-
-
-def _processor() -> str:
-    """Name the processor; ``platform.processor()`` is empty on most Linux systems."""
-    info = Path("/proc/cpuinfo")
-    models = [s for s in info.read_text().splitlines() if s.startswith("model name")] if info.exists() else []
-    name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {platform.system()}"
 
 
 if __name__ == "__main__":

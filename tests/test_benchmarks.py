@@ -1,6 +1,7 @@
 """What the benchmarks time is what training does."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,12 +29,15 @@ def _ignore(step, values) -> None:
 
 
 @pytest.fixture(scope="module")
-def joint_step() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "joint_step.py"
-    spec = importlib.util.spec_from_file_location("joint_step", path)
+def joint_step() -> Iterator[ModuleType]:
+    """The script as it is when run: its folder comes first on the path."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("joint_step", folder / "joint_step.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
