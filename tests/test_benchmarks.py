@@ -1,8 +1,5 @@
 """What the benchmarks time is what training does."""
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -29,15 +26,8 @@ def _ignore(step, values) -> None:
 
 
 @pytest.fixture(scope="module")
-def joint_step() -> Iterator[ModuleType]:
-    """The script as it is when run: its folder comes first on the path."""
-    folder = Path(__file__).parents[1] / "benchmarks"
-    spec = importlib.util.spec_from_file_location("joint_step", folder / "joint_step.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        spec.loader.exec_module(module)
-        yield module
+def joint_step(benchmark_script) -> ModuleType:
+    return benchmark_script("joint_step")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Our stacks are T5: with copied weights they give what transformers gives."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -20,14 +18,8 @@ SPACE = SymbolSpace((5, 4), 3)
 
 
 @pytest.fixture(scope="module")
-def decode() -> ModuleType:
-    """The benchmark, whose copy of our weights into transformers is the one under test here."""
-    path = Path(__file__).parents[2] / "benchmarks" / "decode.py"
-    spec = importlib.util.spec_from_file_location("decode", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def decode(benchmark_script) -> ModuleType:
+    return benchmark_script("decode")
 
 
 @pytest.fixture(scope="module")
