@@ -332,7 +332,7 @@ def main() -> None:
     short = [f"tokenizer.loop.{key}={TOKENIZER_EPOCHS}" for key in ("epochs", "validate_every")]
     config = load_preset(PipelineConfig, "quickstart", [*short, "recommender.device=cpu"])
     stages = prepare(config)
-    sizes = config.recommender.model.model_dump(exclude={"kind"})
+    sizes = config.recommender.model.model_dump(include=set(TigerConfig.model_fields) - {"kind"})
     tiger = config.recommender.model_copy(update={"model": TigerConfig(**sizes)})
     blocks = [block(stages, stage, config.joint, count) for stage in (config.recommender, tiger)]
 

@@ -395,7 +395,11 @@ class CollisionReport(Artifact):
     """How well a SID table uses its codes, and who shares them.
 
     ``groups``: items of equal content codes, largest first. ``usage``: items by level and code.
-    ``levels``: figures by level; ``bands`` says in words what each figure means.
+    ``levels``: figures by level, over the ``items`` that reach it; ``reconstruction`` is their mean squared distance
+    to what so many codes decode to, ``reconstruction_draw`` weighs it by interactions.
+    ``lengths``: items and interactions by number of codes. ``deciles``: tenths of the items, the most popular first,
+    with mean ``codes``. What was not given is null; without interactions there are no deciles.
+    ``bands`` says in words what each figure means.
     """
 
     SCHEMAS = {
@@ -411,6 +415,7 @@ class CollisionReport(Artifact):
         "levels": pl.Schema(
             {
                 "level": pl.UInt8(),
+                "items": pl.UInt32(),
                 "codebook_size": pl.UInt32(),
                 "codes_in_use": pl.UInt32(),
                 "perplexity": pl.Float64(),
@@ -418,12 +423,20 @@ class CollisionReport(Artifact):
                 "prefixes": pl.UInt32(),
                 "perplexity_in_prefix": pl.Float64(),
                 "largest_share": pl.Float64(),
+                "reconstruction": pl.Float64(),
+                "reconstruction_draw": pl.Float64(),
             }
+        ),
+        "lengths": pl.Schema({"codes": pl.UInt8(), "items": pl.UInt32(), "events": pl.UInt32()}),
+        "deciles": pl.Schema(
+            {"decile": pl.UInt8(), "items": pl.UInt32(), "events": pl.UInt32(), "codes": pl.Float64()}
         ),
     }
     groups: pl.DataFrame
     usage: pl.DataFrame
     levels: pl.DataFrame
+    lengths: pl.DataFrame
+    deciles: pl.DataFrame
     figures: dict[str, float]
     bands: dict[str, str]
     verdict: str
@@ -468,7 +481,8 @@ class Ablation(Artifact):
 
     ``runs``: values over all test users; baselines that no seed changes have a null seed.
     ``summary``: over seeds, ``difference`` is ``arm`` minus ``against``, seed by seed; errors of one seed are null.
-    ``codes`` and ``tables``: the SID table of each arm and seed, by level and as a whole.
+    ``codes`` and ``tables``: the SID table of each arm and seed, by level and as a whole; figures that its
+    ``CollisionReport`` lacks are null.
     ``users`` and ``items`` are counts, ``seeds`` the seeds, ``split`` a fingerprint.
     """
 
@@ -519,6 +533,12 @@ class Ablation(Artifact):
                 "largest_group": pl.UInt32(),
                 "verdict": pl.String(),
                 "collapsed_at_epoch": pl.UInt32(),
+                "codes_per_item": pl.Float64(),
+                "codes_per_interaction": pl.Float64(),
+                "tokens_per_history": pl.Float64(),
+                "events_in_budget": pl.Float64(),
+                "reconstruction": pl.Float64(),
+                "reconstruction_draw": pl.Float64(),
             }
         ),
     }

@@ -1,8 +1,8 @@
 """Where stages and methods meet: the tuples they pass and the protocols they keep. No logic.
 
 Shapes: B batch, T items of a history, U unique items of a batch, N items of the catalogue, L levels,
-S = L + 1 steps of a SID (its codes, then the suffix), K codes of a codebook, Z latent width, D model width,
-V symbols (all codes of all levels, then all suffixes), W beams.
+S = L + 1 steps of the longest SID (its codes, then the suffix), K codes of a codebook, Z latent width, D model
+width, V symbols (all codes, then all suffixes), W beams.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 class SymbolSpace(NamedTuple):
     """How codes and suffixes become the symbols that a recommender reads and writes.
 
-    Symbols are numbered level by level, the suffixes last: a step of the string writes into one contiguous
-    range, so logits of a step are a slice.
+    Symbols are numbered level by level, the suffixes last; levels that share one codebook share its symbols.
+    What a step of the string may write is one contiguous range, so logits of a step are a slice.
     """
 
     codebook_sizes: tuple[int, ...]
     suffix_size: int
+    shared: bool = False
+    """All levels read one codebook: code 3 is the same symbol on each."""
+    shortest: int | None = None
+    """Codes of the shortest SID, whose suffix may come after so many; None: all SIDs have all levels."""
 
     @property
     def num_levels(self) -> int:
@@ -34,31 +38,47 @@ class SymbolSpace(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        """Symbols of a SID: its levels and the suffix."""
+        """Symbols of the longest SID: its levels and the suffix."""
         return self.num_levels + 1
+
+    @property
+    def num_codes(self) -> int:
+        """Symbols that are codes; the suffixes follow."""
+        return self.codebook_sizes[0] if self.shared else sum(self.codebook_sizes)
 
     @property
     def num_symbols(self) -> int:
         """V."""
-        return sum(self.codebook_sizes) + self.suffix_size
+        return self.num_codes + self.suffix_size
+
+    @property
+    def one_length(self) -> bool:
+        """Whether every SID has all levels."""
+        return self.shortest in (None, self.num_levels)
 
     @property
     def starts(self) -> list[int]:
-        """First symbol of each step."""
+        """First symbol that each step may write."""
         return [self.range(step)[0] for step in range(self.num_steps)]
 
     def range(self, step: int) -> tuple[int, int]:
-        """First symbol of a step, and the one after its last."""
-        sizes = (*self.codebook_sizes, self.suffix_size)
-        start = sum(sizes[:step])
-        return start, start + sizes[step]
+        """First symbol that a step may write, and the one after its last.
+
+        The last step writes suffixes alone. An earlier one writes codes, and suffixes too once the shortest SID
+        may end there, for which all levels share their codes.
+        """
+        if step == self.num_levels:
+            return self.num_codes, self.num_symbols
+        start = 0 if self.shared else sum(self.codebook_sizes[:step])
+        ends = not self.one_length and self.shortest is not None and step >= self.shortest
+        return start, self.num_symbols if ends else start + self.codebook_sizes[step]
 
 
 class ItemTokens(NamedTuple):
     """What a recommender sees of items: the symbols of their SIDs."""
 
     symbols: Tensor
-    """(U, S) long, symbols of the whole space."""
+    """(U, S) long, symbols of the whole space; -1 after the suffix of a SID that is shorter than S."""
     weights: tuple[Tensor, ...] | None = None
     """One (U, K) a level: the one-hot code in value, the soft assignment in gradient. None: hard codes."""
 
@@ -115,9 +135,9 @@ class RecommenderLoss(NamedTuple):
     """Cross-entropy of the next item's symbols."""
 
     total: Tensor
-    """Scalar, mean over targets and steps, in nats."""
+    """Scalar, mean over all predicted symbols, in nats."""
     steps: Tensor
-    """(S,) mean cross-entropy of each step, detached; its sum is the cost of an item."""
+    """(S,) mean cross-entropy of each step, detached; where all SIDs are of one length, the sum is an item's cost."""
 
 
 class Ranking(NamedTuple):
@@ -126,7 +146,7 @@ class Ranking(NamedTuple):
     items: Tensor
     """(B, k) long item ids, best first; -1 where the catalogue has no more."""
     scores: Tensor
-    """(B, k) log-probabilities, -inf beside -1."""
+    """(B, k) what they are ranked by: log-probabilities (see ``decoding.beam_search``), -inf beside -1."""
 
 
 class Tokenizer(Protocol):

@@ -36,7 +36,7 @@ class ArmRun(Config):
     """Seed of weights, batches and noise."""
 
 
-@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("1"))
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("2"))
 def gather_ablation(
     runs: list[ArmRun],
     reports: list[Annotated[EvaluationReport, by_content]],

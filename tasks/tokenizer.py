@@ -10,13 +10,23 @@ from components.artifacts import (
     ContentEmbeddings,
     InteractionLog,
     ItemCatalog,
+    SequenceSplit,
     SidTable,
     TokenizerCheckpoint,
 )
+from components.config import require
 from components.metrics import sids as collisions
-from components.metrics.figures import code_usage, collision_histogram
+from components.metrics.figures import (
+    code_usage,
+    collision_histogram,
+    length_by_popularity,
+    reconstruction_by_level,
+)
+from components.metrics.lengths import lengths_differ, padded_codes
 from components.metrics.sids import CollisionConfig
 from components.tokenizers import sids as naming
+from components.tokenizers.build import load_tokenizer
+from components.tokenizers.prefixes import prefix_errors
 from components.tokenizers.sids import SidConfig
 from components.training.tokenizer import TokenizerStage, train_tokenizer
 from tasks import runtime
@@ -28,6 +38,7 @@ from tasks.tracking import tracked
 @task(**runtime.GPU, cache=runtime.cached("1", "name"))
 def fit_tokenizer(
     embeddings: Annotated[ContentEmbeddings, by_content],
+    split: Annotated[SequenceSplit, by_content],
     config: TokenizerStage,
     run_id: str = "",
     name: str = "",
@@ -36,12 +47,13 @@ def fit_tokenizer(
 
     Args:
         embeddings: Folder of ContentEmbeddings.
+        split: Folder of the SequenceSplit whose training events say how popular items are.
         config: Recipe, a YAML file or JSON. Keys: make keys SECTION=tokenizer.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
         name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked(f"fit_tokenizer {name}".strip(), config, run_id, [embeddings]) as run:
-        checkpoint = train_tokenizer(embeddings, config, run.log, *resumable())
+    with tracked(f"fit_tokenizer {name}".strip(), config, run_id, [embeddings, split]) as run:
+        checkpoint = train_tokenizer(embeddings, config, run.log, *resumable(), split=split)
         run.finish_training(checkpoint.metrics)
         run.output(checkpoint)
         return checkpoint
@@ -51,6 +63,7 @@ def fit_tokenizer(
 def assign_sids(
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
     embeddings: Annotated[ContentEmbeddings, by_content],
+    split: Annotated[SequenceSplit, by_content],
     config: SidConfig,
     run_id: str = "",
     name: str = "",
@@ -60,19 +73,21 @@ def assign_sids(
     Args:
         tokenizer: Folder of a TokenizerCheckpoint.
         embeddings: Folder of the ContentEmbeddings to name.
+        split: Folder of the SequenceSplit whose training events say how popular items are.
         config: Rules, a YAML file or JSON. Keys: make keys SECTION=sids.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
         name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked(f"assign_sids {name}".strip(), config, run_id, [tokenizer, embeddings]) as run:
-        table = naming.assign(tokenizer, embeddings, config)
+    with tracked(f"assign_sids {name}".strip(), config, run_id, [tokenizer, embeddings, split]) as run:
+        table = naming.assign(tokenizer, embeddings, config, split=split)
         run.output(table)
         return table
 
 
-@task(**runtime.CPU, cache=runtime.cached("1"))
+@task(**runtime.CPU, cache=runtime.cached("2"))
 def analyze_collisions(
     name: str,
+    tokenizer: Annotated[TokenizerCheckpoint, by_content],
     sids: Annotated[SidTable, by_content],
     catalog: Annotated[ItemCatalog, by_content],
     embeddings: Annotated[ContentEmbeddings, by_content],
@@ -80,10 +95,11 @@ def analyze_collisions(
     config: CollisionConfig,
     run_id: str = "",
 ) -> Annotated[CollisionReport, by_content]:
-    """Describe collisions and code usage, and fail if the semantic IDs have collapsed.
+    """Describe collisions, code usage, lengths and reconstruction, and fail if the semantic IDs have collapsed.
 
     Args:
         name: What to call these SIDs, for instance two-stage.
+        tokenizer: Folder of the TokenizerCheckpoint that made the SIDs.
         sids: Folder of a SidTable.
         catalog: Folder of the ItemCatalog.
         embeddings: Folder of the ContentEmbeddings.
@@ -91,14 +107,31 @@ def analyze_collisions(
         config: Thresholds, a YAML file or JSON. Keys: make keys SECTION=collisions.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
-    with tracked(f"analyze_collisions {name}", config, run_id, [sids, catalog, embeddings, log]) as run:
+    read = [tokenizer, sids, catalog, embeddings, log]
+    with tracked(f"analyze_collisions {name}", config, run_id, read) as run:
+        require(
+            sids.tokenizer == tokenizer.fingerprint,
+            f"analyze_collisions: the SidTable came from tokenizer {sids.tokenizer[:12]}, "
+            f"got {tokenizer.fingerprint[:12]}: give the tokenizer that made these SIDs",
+        )
         events = torch.bincount(
             torch.from_numpy(log.events["item_id"].to_numpy().astype("int64")), minlength=catalog.num_items
         )
-        report = collisions.analyze(sids, catalog, config, events=events, embeddings=embeddings)
+        report = collisions.analyze(
+            sids,
+            catalog,
+            config,
+            events=events,
+            embeddings=embeddings,
+            errors=prefix_errors(load_tokenizer(tokenizer), embeddings.matrix, padded_codes(sids)),
+            sequences=log.events.group_by("user_id", maintain_order=True).agg("item_id")["item_id"],
+        )
         run.metrics(report.figures)
         run.figure("code_usage", code_usage(report))
         run.figure("collisions", collision_histogram(report))
+        run.figure("prefix_errors", reconstruction_by_level(report))
+        if lengths_differ(report):
+            run.figure("length_by_popularity", length_by_popularity(report))
         run.text("verdict.md", "\n".join([f"# {report.verdict}", *report.bands.values()]))
         run.output(report)
         run.say(f"{report.verdict}, {report.figures['collision_rate']:.1%} of the items share their codes")

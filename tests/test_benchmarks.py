@@ -86,3 +86,33 @@ def test_the_encoder_runs_in_the_arms_that_say_so_and_learns_in_one(joint_step, 
         learns[name] = any(p.grad is not None and bool(p.grad.any()) for p in encoder.parameters())
     assert list(runs.values()) == [[], [len(batch.unique)], [len(batch.unique)]]
     assert list(learns.values()) == [False, False, True]
+
+
+@pytest.fixture(scope="module")
+def packing(benchmark_script) -> ModuleType:
+    return benchmark_script("packing")
+
+
+def test_packed_arms_train_the_same_pairs_from_batches_of_one_size(tiny, packing) -> None:
+    """Lengths are what they say, no batch is over the budget, and an epoch has the same pairs in every arm."""
+    stage = STAGE.model_copy(update={"batch_tokens": 300})
+    arms = packing.build_arms(tiny.split, stage)
+    codes = {name: packed.counts - 1 for name, packed in arms.items()}
+    assert set(codes[packing.FIVE].tolist()) == {5} and set(codes[packing.THREE].tolist()) == {3}
+    assert set(codes[packing.UNEQUAL].tolist()) == {1, 2, 3, 4, 5}
+    mean = sum(k * share for k, share in enumerate(packing.LENGTHS[packing.UNEQUAL], start=1))
+    assert mean == pytest.approx(2, abs=0.05)
+    for packed in arms.values():
+        batches = list(packed.arm.batches(0))
+        assert max(int(packing.row_lengths(batch, packed.counts).sum()) for batch in batches) <= 300
+        assert sum(map(packing.training_pairs, batches)) == tiny.split.num_training_targets
+
+
+def test_packed_arms_are_timed_in_turn_after_the_warm_up(tiny, packing) -> None:
+    arms = packing.build_arms(tiny.split, STAGE.model_copy(update={"batch_tokens": 300}))
+    before = {name: packed.arm.modules["recommender"].out.weight.clone() for name, packed in arms.items()}
+    packing.measure(arms, 2, STAGE.loop.clip_norm)
+    for name, packed in arms.items():
+        assert len(packed.rates) == len(packed.pairs) == 2 and min(packed.rates) > 0
+        assert not torch.equal(packed.arm.modules["recommender"].out.weight, before[name])
+        assert 0 < sum(packed.symbols) <= sum(packed.positions)

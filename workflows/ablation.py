@@ -145,7 +145,7 @@ def run_arms(
 
 def _two_stage(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
     """Train on frozen SIDs."""
-    start = _start(recipe, data, made)
+    start = _start(name, recipe, data, made)
     recommender = fit_recommender(
         split=data.split, sids=start.sids, config=recipe.recommender, run_id=data.run_id, name=name
     )
@@ -155,7 +155,7 @@ def _two_stage(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
 
 def _joint(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
     """Train tokenizer and recommender together, and look at the SIDs that come of it."""
-    start = _start(recipe, data, made)
+    start = _start(name, recipe, data, made)
     trained = fit_jointly(
         split=data.split,
         embeddings=data.embeddings,
@@ -167,7 +167,7 @@ def _joint(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
         name=name,
     )
     start.collisions >> trained.recommender
-    collisions = _analyze(name, recipe, data, trained.sids)
+    collisions = _analyze(name, recipe, data, trained.tokenizer, trained.sids)
     report = _evaluate(name, recipe, data, trained.sids, trained.recommender)
     return Outcome(report, collisions, trained.recommender)
 
@@ -186,7 +186,7 @@ def _sasrec(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
     return Outcome(report)
 
 
-def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
+def _start(first_arm: str, recipe: Recipe, data: Shared, made: Made) -> Start:
     """Learn SIDs from content, unless an earlier arm has made these nodes with the same settings."""
 
     def once(stage: str, make: Callable[[], Promise], *settings: Config) -> Promise:
@@ -195,11 +195,16 @@ def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
             made[key] = make()
         return made[key]
 
-    name = f"{recipe.tokenizer.model.kind} seed {recipe.tokenizer.seed}"
+    # Several arms share a tokenizer, and several tokenizers a kind: the first arm names it.
+    name = f"{recipe.tokenizer.model.kind} of {first_arm}"
     tokenizer = once(
         "tokenizer",
         lambda: fit_tokenizer(
-            embeddings=data.embeddings, config=recipe.tokenizer, run_id=data.run_id, name=name
+            embeddings=data.embeddings,
+            split=data.split,
+            config=recipe.tokenizer,
+            run_id=data.run_id,
+            name=name,
         ),
         recipe.tokenizer,
     )
@@ -208,6 +213,7 @@ def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
         lambda: assign_sids(
             tokenizer=tokenizer,
             embeddings=data.embeddings,
+            split=data.split,
             config=recipe.sids,
             run_id=data.run_id,
             name=name,
@@ -217,7 +223,7 @@ def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
     )
     collisions = once(
         "collisions",
-        lambda: _analyze(name, recipe, data, sids),
+        lambda: _analyze(name, recipe, data, tokenizer, sids),
         recipe.tokenizer,
         recipe.sids,
         recipe.collisions,
@@ -225,9 +231,10 @@ def _start(recipe: Recipe, data: Shared, made: Made) -> Start:
     return Start(tokenizer, sids, collisions)
 
 
-def _analyze(name: str, recipe: Recipe, data: Shared, sids: Promise) -> Promise:
+def _analyze(name: str, recipe: Recipe, data: Shared, tokenizer: Promise, sids: Promise) -> Promise:
     return analyze_collisions(
         name=name,
+        tokenizer=tokenizer,
         sids=sids,
         catalog=data.catalog,
         embeddings=data.embeddings,

@@ -10,8 +10,10 @@ from components.data.splits import SplitConfig
 from components.metrics.compare import CompareConfig
 from components.metrics.report import BASELINES, EvaluateConfig
 from components.metrics.sids import CollisionConfig
-from components.tokenizers.sids import SidConfig
-from components.training.joint import JointConfig, JointStage
+from components.recommenders.tiger import TigerConfig
+from components.tokenizers.dvae import DvaeConfig
+from components.tokenizers.sids import SidConfig, check_assignment
+from components.training.joint import NO_JOINT_DVAE, JointConfig, JointStage
 from components.training.recommender import RecommenderStage
 from components.training.sasrec import SasRecStage
 from components.training.tokenizer import TokenizerStage
@@ -50,6 +52,24 @@ class PipelineConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        tokenizer, recommender = self.tokenizer.model, self.recommender.model
+        if isinstance(tokenizer, DvaeConfig):
+            check_assignment(self.sids)
+            if tokenizer.length == "variable" and isinstance(recommender, TigerConfig):
+                raise ValueError(
+                    "recommender.model.kind tiger reads SIDs of one length, tokenizer.model gives them unequal ones: "
+                    "take kind causal, or tokenizer.model.length=fixed"
+                )
+        steps, most = len(tokenizer.codebook_sizes) + 1, getattr(recommender, "max_tokens", None)
+        if most is not None and most < steps:
+            raise ValueError(
+                f"recommender.model.max_tokens {most} does not hold the longest SID of tokenizer.model, {steps} "
+                "symbols with its suffix: raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _codebooks_fit_joint_training(self) -> Self:
         smallest, wanted = min(self.tokenizer.model.codebook_sizes), self.joint.top_probability
         if self.joint.logit_scale is None and wanted * smallest <= 1:
@@ -60,13 +80,16 @@ class PipelineConfig(Config):
         return self
 
     def check_joint(self) -> None:
-        """Refuse a joint run whose table would be refreshed by another rule than made it, before anything is trained.
+        """Refuse, before anything is trained, a joint run of a tokenizer that it cannot move, or of a table that it
+        would refresh by another rule than made it.
 
         Raises
         ------
         ValueError
             The message names the keys that differ.
         """
+        if isinstance(self.tokenizer.model, DvaeConfig):
+            raise ValueError(NO_JOINT_DVAE)
         made, refreshed = self.sids, self.joint.refresh
         keys = ["assignment"] + ["epsilon", "iterations"] * (made.assignment == "sinkhorn")
         for key in keys:

@@ -34,6 +34,7 @@ def joint(config: PipelineConfig) -> Comparison:
     named.collisions >> recommender
     collisions = analyze_collisions(
         name="joint",
+        tokenizer=tokenizer,
         sids=sids,
         catalog=named.catalog,
         embeddings=named.embeddings,

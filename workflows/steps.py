@@ -45,10 +45,13 @@ class Named(NamedTuple):
 def name_items(config: Promise, run_id: Promise) -> Named:
     """Read the data, embed the items, learn codebooks and give every item its SID."""
     log, catalog, held, encoder, embeddings = read_data(config, run_id)
-    tokenizer = fit_tokenizer(embeddings=embeddings, config=config.tokenizer, run_id=run_id)
-    sids = assign_sids(tokenizer=tokenizer, embeddings=embeddings, config=config.sids, run_id=run_id)
+    tokenizer = fit_tokenizer(embeddings=embeddings, split=held, config=config.tokenizer, run_id=run_id)
+    sids = assign_sids(
+        tokenizer=tokenizer, embeddings=embeddings, split=held, config=config.sids, run_id=run_id
+    )
     collisions = analyze_collisions(
         name="two-stage",
+        tokenizer=tokenizer,
         sids=sids,
         catalog=catalog,
         embeddings=embeddings,

@@ -2,13 +2,15 @@
 
 from typing import Literal
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from pydantic import Field
 
 from components.artifacts import InteractionLog, ItemCatalog, SequenceSplit
 from components.config import Config, require
 from components.data.raw import DataError
-from components.folders import Provenance
+from components.folders import ArtifactError, Provenance
 
 
 class SplitConfig(Config):
@@ -186,3 +188,59 @@ def _target_places(
 def _refuse(wrong: pl.DataFrame, rule: str) -> None:
     if len(wrong):
         raise DataError(f"leak in {rule} the log of user {wrong['user_id'][0]} ({len(wrong)} users)")
+
+
+def count_events(sequences: pl.Series, num_items: int) -> NDArray[np.int64]:
+    """Count the events of every item.
+
+    Parameters
+    ----------
+    sequences : series of list
+        Item ids, for instance the training sequences of a split.
+    num_items : int
+        Size of the catalogue.
+
+    Returns
+    -------
+    array
+        (N,) events, 0 for items that nobody met.
+    """
+    items = sequences.explode().drop_nulls().to_numpy().astype(np.int64)
+    return np.bincount(items, minlength=num_items)
+
+
+def training_counts(split: SequenceSplit | None, num_items: int, setting: str) -> NDArray[np.int64]:
+    """Count the training events of every item of a catalogue, for a setting that goes by popularity.
+
+    Parameters
+    ----------
+    split : SequenceSplit, optional
+        Where the events are; None is an error.
+    num_items : int
+        Items of the catalogue that asks.
+    setting : str
+        The key and value that make counts necessary, for the message.
+
+    Returns
+    -------
+    array
+        (N,) events.
+
+    Raises
+    ------
+    ValueError
+        There is no split.
+    ArtifactError
+        The split is of another catalogue.
+    """
+    if split is None:
+        raise ValueError(
+            f"{setting} needs to know how often items were interacted with: give the stage the SequenceSplit whose "
+            "training events count, or change the setting"
+        )
+    if split.num_items != num_items:
+        raise ArtifactError(
+            f"the SequenceSplit has {split.num_items} items, the ContentEmbeddings {num_items}: they come from "
+            "different catalogues"
+        )
+    return count_events(split.train["sequence"], num_items)

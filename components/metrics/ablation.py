@@ -18,6 +18,15 @@ DECISIVE = "N@10"
 """Metric that decides: the one that epochs are chosen by on validation."""
 ERRORS = 2
 """An arm is adopted if its mean gain is more than so many standard errors."""
+KNOWN_FIGURES = (
+    "codes_per_item",
+    "codes_per_interaction",
+    "tokens_per_history",
+    "events_in_budget",
+    "reconstruction",
+    "reconstruction_draw",
+)
+"""Figures of a collision report that an ablation keeps where a report has them; the last columns of its ``tables``."""
 BASELINE = "baseline"
 """Method of what no seed changes."""
 
@@ -236,6 +245,7 @@ def _table_row(each: Measured) -> tuple[Any, ...]:
         int(figures["largest_group"]),
         each.collisions.verdict,
         None if epoch is None else int(epoch),
+        *map(figures.get, KNOWN_FIGURES),
     )
 
 

@@ -1,4 +1,4 @@
-"""An ablation as tables: values and differences, then codes; in a terminal, in Markdown and in HTML."""
+"""An ablation as tables: values and differences, codes, lengths; in a terminal, in Markdown and in HTML."""
 
 from collections import Counter
 from html import escape
@@ -20,6 +20,42 @@ STYLES = {"": "", "good": "bold green", "bad": "red"}
 HTML_STYLES = {"": "", "good": "font-weight:600;color:#00684a", "bad": "color:#b03000"}
 
 
+class Column(NamedTuple):
+    """One column about lengths or reconstruction: a figure, or the same by item and by interaction."""
+
+    title: str
+    figures: tuple[str, ...]
+    """Columns of ``Ablation.tables``."""
+    places: int
+    meaning: str
+    """What the caption says of it."""
+
+
+LENGTHS = (
+    Column("codes item / draw", ("codes_per_item", "codes_per_interaction"), 2, "codes: without the suffix."),
+    Column(
+        "tokens per history",
+        ("tokens_per_history",),
+        1,
+        "tokens per history: symbols of all events of a user, suffixes among them.",
+    ),
+    Column(
+        "events in budget",
+        ("events_in_budget",),
+        1,
+        "events in budget: the latest events of a user that fit into collisions.token_budget symbols.",
+    ),
+)
+"""What tells something where SIDs differ in length."""
+RECONSTRUCTION = Column(
+    "D item / draw",
+    ("reconstruction", "reconstruction_draw"),
+    3,
+    "D: squared distance, from 0 to 4, between an item's unit vector and what all its codes decode to.",
+)
+"""What tells something of SIDs of any length."""
+
+
 class Grid(NamedTuple):
     """A table before it is drawn."""
 
@@ -32,9 +68,12 @@ class Grid(NamedTuple):
 
 
 def grids(ablation: Ablation) -> list[Grid]:
-    """Lay the ablation out: values for each treatment of seen items, then codes."""
+    """Lay the ablation out: values for each treatment of seen items, codes, then lengths and reconstruction."""
     values = [_values_grid(ablation, seen) for seen in blocks_of(ablation.summary["seen"])]
-    return [*values, _codes_grid(ablation)] if len(ablation.tables) else values
+    if not len(ablation.tables):
+        return values
+    lengths = _lengths_grid(ablation)
+    return [*values, _codes_grid(ablation), *([lengths] if lengths else [])]
 
 
 def tables(ablation: Ablation) -> list[Table]:
@@ -159,6 +198,40 @@ def _codes_grid(ablation: Ablation) -> Grid:
         "distinct: strings of codes in use; colliding: items that share their codes; largest: most items of one "
         "string, at any seed. Collapsed at an epoch: training stopped there, and an epoch before it was evaluated.",
     )
+
+
+def _lengths_grid(ablation: Ablation) -> Grid | None:
+    """Lay out lengths if SIDs differ in them, and reconstruction if it is known; None if there is nothing to show.
+
+    A table of its own: beside a column a level, a terminal has no room for these.
+    """
+    differ = (ablation.tables["codes_per_item"] != ablation.codes["level"].max()).any()
+    known = ablation.tables.select(pl.all().count()).row(0, named=True)
+    columns = [*(LENGTHS if differ else ()), RECONSTRUCTION]
+    shown = [column for column in columns if any(known[name] for name in column.figures)]
+    if not shown:
+        return None
+    names = [name for column in shown for name in column.figures]
+    means = ablation.tables.group_by("arm", maintain_order=True).agg(pl.col(names).mean())
+    rows = [
+        [
+            row["arm"],
+            *(" / ".join(_figure(row[name], column.places) for name in column.figures) for column in shown),
+        ]
+        for row in means.iter_rows(named=True)
+    ]
+    return Grid(
+        "Lengths and reconstruction" if differ else "Reconstruction",
+        ["arm", *(column.title for column in shown)],
+        rows,
+        ["" for _ in rows],
+        "The same SID tables, means over seeds. item: every item counts once; draw: once an interaction. "
+        + " ".join(column.meaning for column in shown),
+    )
+
+
+def _figure(value: float | None, places: int) -> str:
+    return "–" if value is None else short(value, places)
 
 
 def _state(table: pl.DataFrame) -> str:

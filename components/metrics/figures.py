@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from components.artifacts import Ablation, CollisionReport, Comparison
 from components.metrics.labels import label_points
@@ -148,7 +148,7 @@ def code_usage(report: CollisionReport) -> Figure:
     _clean(ax)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    ax.set_yticks(range(len(levels)), [f"level {level}" for level in levels["level"]])
+    ax.set_yticks(range(len(levels)), _level_names(report))
     ax.set_yticks(np.arange(len(levels) + 1) - 0.5, minor=True)
     ax.grid(which="minor", axis="y", color="white", linewidth=5)
     ax.tick_params(which="minor", length=0)
@@ -173,6 +173,15 @@ def code_usage(report: CollisionReport) -> Figure:
     bar.ax.tick_params(labelsize=8, length=2, color=INK, labelcolor=INK)
     ax.set_title("How evenly items spread over the codes", loc="left", fontsize=11, color=INK)
     return figure
+
+
+def _level_names(report: CollisionReport) -> list[str]:
+    """Name the levels, and where SIDs differ in length how many items reach them."""
+    return [
+        f"level {row['level']}"
+        + ("" if row["items"] == report.figures["items"] else f"\n{row['items']:,} items")
+        for row in report.levels.iter_rows(named=True)
+    ]
 
 
 def collision_histogram(report: CollisionReport) -> Figure:
@@ -205,6 +214,128 @@ def collision_histogram(report: CollisionReport) -> Figure:
         fontsize=11,
         color=INK,
     )
+    return figure
+
+
+def length_by_popularity(report: CollisionReport) -> Figure:
+    """Draw how long SIDs are: shares of items and interactions by number of codes, and mean codes by popularity.
+
+    Raises
+    ------
+    ValueError
+        The report knows no interactions.
+    """
+    if not len(report.deciles):
+        raise ValueError("the report knows no interactions: give analyze the events of each item")
+    figure = Figure(figsize=(10.4, 3.8), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_shares(left, report.lengths)
+    _draw_deciles(right, report)
+    figure.suptitle(
+        f"{report.figures['codes_per_item']:.2f} codes an item, "
+        f"{report.figures['codes_per_interaction']:.2f} an interaction",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
+    )
+    return figure
+
+
+def _draw_shares(ax: Axes, lengths: pl.DataFrame) -> None:
+    """Draw the shares of items and of interactions that have so many codes."""
+    place, width = lengths["codes"].to_numpy(), 0.38
+    for name, label, colour, side in (
+        ("items", "of the items", BLUE, -1),
+        ("events", "of the interactions", ORANGE, 1),
+    ):
+        share = (lengths[name] / lengths[name].sum()).to_numpy()
+        bars = ax.bar(place + side * width / 2, share, width=width, color=colour, label=label)
+        ax.bar_label(bars, [f"{part:.0%}" for part in share], padding=2, fontsize=8, color=INK)
+    _clean(ax, grid="y")
+    ax.margins(y=0.12)
+    ax.set_xticks(place)
+    ax.set_xlabel("codes of a SID, without its suffix")
+    ax.set_ylabel("share")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    # Above the bars, of which any may be the tallest.
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        borderpad=0,
+    )
+
+
+def _draw_deciles(ax: Axes, report: CollisionReport) -> None:
+    """Draw mean codes of each tenth of the items, and the mean over all items."""
+    deciles, mean = report.deciles, report.figures["codes_per_item"]
+    ax.axhline(mean, color=GREY, linewidth=1.1, linestyle=(0, (5, 3)), zorder=BEHIND)
+    ax.plot(deciles["decile"], deciles["codes"], color=BLUE, linewidth=1.6, marker="o", markersize=5)
+    over = deciles["codes"][-1] < mean  # the side of the line that the curve leaves free at its end
+    ax.annotate(
+        "all items",
+        (1, mean),
+        xycoords=ax.get_yaxis_transform(),
+        xytext=(-2, 3 if over else -3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if over else "top",
+        fontsize=8.5,
+        color=GREY,
+    )
+    share = deciles["events"] / deciles["events"].sum()
+    _clean(ax, grid="y")
+    # All lengths there are, so that what is nearly flat looks flat.
+    used = report.lengths.filter(pl.col("items") > 0)["codes"]
+    ax.set_ylim(used[0] - 0.2, used[-1] + 0.2)
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    ax.set_xticks(
+        deciles["decile"],
+        [f"{decile}\n{part:.0%}" for decile, part in zip(deciles["decile"], share, strict=True)],
+    )
+    ax.set_xlabel("tenth of the items, most popular first; its share of interactions")
+    ax.set_ylabel("mean codes of a SID")
+
+
+def reconstruction_by_level(report: CollisionReport) -> Figure:
+    """Draw how far items lie from what their first codes decode to, by item and by interaction.
+
+    Raises
+    ------
+    ValueError
+        The report knows no errors.
+    """
+    known = report.levels.drop_nulls("reconstruction")
+    if not len(known):
+        raise ValueError("the report knows no reconstruction: give analyze the errors of each item")
+    figure = Figure(figsize=(6.4, 3.8), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    curves = (
+        ("reconstruction", "by item", BLUE, "o"),
+        ("reconstruction_draw", "by interaction", ORANGE, "s"),
+    )
+    for name, label, colour, mark in curves:
+        points = known.drop_nulls(name)
+        if len(points):
+            ax.plot(points["level"], points[name], color=colour, linewidth=1.6, marker=mark, label=label)
+    _clean(ax, grid="y")
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.08)
+    total = report.figures["items"]
+    everybody = known["items"].min() == total
+    ticks = [
+        str(row["level"]) if everybody else f"{row['level']}\n{row['items'] / total:.0%}"
+        for row in known.iter_rows(named=True)
+    ]
+    ax.set_xticks(known["level"], ticks)
+    ax.set_xlabel("codes read" + ("" if everybody else ", and the share of items that have so many"))
+    ax.set_ylabel("mean squared distance (0 to 4)")
+    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    ax.set_title("How far items lie from what their codes decode to", loc="left", fontsize=11, color=INK)
     return figure
 
 

@@ -13,11 +13,12 @@ from pydantic import Field, model_validator
 
 from components.artifacts import EvaluationReport, SequenceSplit
 from components.config import Config
+from components.data.splits import count_events
 from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import bootstrap, contributions, metric_names, ranks_in_lists
 from components.recommenders.full_ranking import Scorer, flatten, rank_exactly
 from components.recommenders.itemknn import ItemKnn, ItemKnnConfig
-from components.recommenders.popularity import Popularity, count_events
+from components.recommenders.popularity import Popularity
 from components.seams import Ranking
 
 BASELINES = ("popularity", "itemknn")

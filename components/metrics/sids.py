@@ -1,7 +1,9 @@
-"""Health of a SID table: who shares codes, how evenly the codes are used, and when to stop the run.
+"""Health of a SID table: who shares codes, how evenly they are used, what they keep, and when to stop the run.
 
 Usage diagnoses collapse and does not rank tokenizers: among healthy tables it says little about
-recommendation quality. Levels count from 1; entropies are in nats.
+recommendation quality. Levels count from 1; entropies are in nats. How long SIDs are is described in ``lengths.py``.
+
+Shapes: N items, L levels.
 """
 
 from typing import Literal
@@ -14,17 +16,28 @@ from torch import Tensor
 from components.artifacts import CollisionReport, ContentEmbeddings, ItemCatalog, SidTable
 from components.config import Config, require
 from components.folders import Provenance
+from components.metrics.lengths import (
+    DECILES,
+    code_counts,
+    count_lengths,
+    describe_lengths,
+    history_figures,
+    mean_lengths,
+    popularity_deciles,
+)
 
 GROUPS = CollisionReport.SCHEMAS["groups"]
 LEVELS = CollisionReport.SCHEMAS["levels"]
-COLLAPSED_AT = "sids/collapsed_at_epoch"
-"""Figure that joint training leaves in a checkpoint if it stopped because the codes collapsed."""
 TEXTS_SHOWN = 20
 """Largest groups whose item texts a report carries."""
 COLLAPSED_AT = "sids/collapsed_at_epoch"
 """Figure of a checkpoint whose training a collapse ended: the epoch of the collapse."""
 SMALL_GROUP = 4
 """Items that may share their codes in a catalogue of any size."""
+FARTHEST = 4.0
+"""Squared distance of two unit vectors that point away from one another."""
+ROUNDING = 1e-3
+"""How far beyond ``FARTHEST`` rounding may carry it."""
 
 COLLISION_BANDS = (
     (0.1, "few items share their codes"),
@@ -52,7 +65,11 @@ class CollisionConfig(Config):
     in which collapse is a result."""
 
     min_evenness: float = Field(0.05, ge=0, le=1)
-    """Collapse below this, on any level: (perplexity - 1) / (reachable codes - 1), 1 when all are used alike."""
+    """Collapse below this, on any level that enough items reach: (perplexity - 1) / (reachable codes - 1), 1 when all
+    are used alike."""
+    min_level_share: float = Field(0.05, ge=0, le=1)
+    """Where SIDs differ in length, a level that fewer than this share of the items reach, or four items at most, is no
+    collapse: the SIDs of nearly all items end above it. With more than four items it can still be worth a look."""
     max_collision_rate: float = Field(0.95, gt=0, le=1)
     """Collapse above this share of items that share their codes."""
     max_group_share: float = Field(0.25, gt=0, le=1)
@@ -62,6 +79,8 @@ class CollisionConfig(Config):
     """Watch below this evenness of a level."""
     watch_collision_rate: float = Field(0.8, gt=0, le=1)
     """Watch above this share of items that share their codes."""
+    token_budget: int = Field(80, ge=1)
+    """Symbols, suffixes included, of which the report says how many of a user's latest events they hold."""
 
 
 def analyze(
@@ -71,8 +90,10 @@ def analyze(
     *,
     events: Tensor | None = None,
     embeddings: ContentEmbeddings | None = None,
+    errors: Tensor | None = None,
+    sequences: pl.Series | None = None,
 ) -> CollisionReport:
-    """Describe a SID table: collisions of content codes, usage of every level, and a verdict.
+    """Describe a SID table: collisions of content codes, usage of every level, lengths, and a verdict.
 
     Codes may differ in length; a level describes the items that reach it.
 
@@ -85,27 +106,38 @@ def analyze(
     config : CollisionConfig
         Thresholds of the verdict.
     events : Tensor, optional
-        (n_items,) interactions of each item; adds how much of the traffic goes to colliding items.
+        (N,) interactions of each item; adds how much of the traffic goes to colliding items, and means by
+        interaction. All 0 is as good as not given.
     embeddings : ContentEmbeddings, optional
         Adds the mean cosine of items that share codes, beside that of all pairs.
+    errors : Tensor, optional
+        (N, L) squared distance, in [0, 4], between each item's unit vector and what its first l codes decode to; NaN
+        where it has fewer. Adds how well the codes reconstruct.
+    sequences : Series, optional
+        List[UInt32], each user's item ids in time order; adds how long histories are in symbols.
 
     Raises
     ------
     ValueError
-        Catalogue, events or embeddings are not of as many items as the table.
+        Catalogue, events, embeddings, errors or sequences are of other items than the table; an error is missing,
+        is there beyond an item's last code, or is no squared distance of unit vectors.
     """
     for name, count in (
         ("catalogue", catalog and catalog.num_items),
         ("events", None if events is None else len(events)),
         ("embeddings", embeddings and len(embeddings.matrix)),
+        ("errors", None if errors is None else len(errors)),
     ):
         require(
             count is None or count == table.num_items,
             f"SidTable has {table.num_items} items, {name} {count}: they are of different catalogues",
         )
+    if events is not None and int(events.sum()) == 0:
+        events = None
     groups = group_items(table)
     usage = count_usage(table)
     levels = describe_levels(table, usage)
+    lengths = count_lengths(table, events)
     shared = groups.filter(pl.col("size") > 1)
     colliding_items = int(shared["size"].sum())
     figures = {
@@ -116,19 +148,28 @@ def analyze(
         "colliding_groups": float(len(shared)),
         "largest_group": float(groups["size"][0]),
     }
-    if events is not None and int(events.sum()) > 0:
+    figures |= mean_lengths(table, events)
+    if sequences is not None:
+        figures |= history_figures(table, sequences, config.token_budget)
+    if errors is not None:
+        _check_errors(table, errors)
+        levels = _with_reconstruction(levels, errors, events)
+        figures |= _reconstruction(table, errors, events)
+    if events is not None:
         colliding = torch.from_numpy(shared["item_ids"].explode().to_numpy().astype("int64"))
         figures["collision_share_of_events"] = int(events[colliding].sum()) / int(events.sum())
     if embeddings is not None and len(shared):
         figures["cosine_in_groups"], figures["cosine_of_all_pairs"] = _cosines(shared, embeddings.matrix)
-    collapse = _collapse(levels, usage, figures, config)
+    collapse = _collapse(levels, figures, config)
     return CollisionReport(
         groups=_with_texts(shared, catalog),
         usage=usage,
         levels=levels,
+        lengths=lengths,
+        deciles=DECILES.to_frame() if events is None else popularity_deciles(table, events),
         figures=figures,
-        bands=describe(levels, usage, figures),
-        verdict="collapsed" if collapse else "watch" if _watch(levels, usage, figures, config) else "healthy",
+        bands=describe(levels, figures) | describe_lengths(lengths, figures, config.token_budget),
+        verdict="collapsed" if collapse else "watch" if _watch(levels, figures, config) else "healthy",
         sids=table.fingerprint,
         provenance=Provenance(config=config.model_dump(mode="json"), parents={"SidTable": table.fingerprint}),
     )
@@ -142,7 +183,7 @@ def gate(report: CollisionReport, config: CollisionConfig) -> None:
     CollapseError
         The table has collapsed; the message names every level and figure beyond its threshold.
     """
-    found = _collapse(report.levels, report.usage, report.figures, config)
+    found = _collapse(report.levels, report.figures, config)
     if found and config.on_collapse == "fail":
         raise CollapseError(
             "the semantic IDs have collapsed: "
@@ -186,6 +227,7 @@ def describe_levels(table: SidTable, usage: pl.DataFrame) -> pl.DataFrame:
     ``perplexity`` is exp(entropy), the number of codes that would spread the items as evenly.
     ``prefixes`` counts the distinct code strings above the level, and ``perplexity_in_prefix`` is the
     perplexity among the items below one of them, averaged over items. 0 where no item reaches the level.
+    ``reconstruction`` is not known from a table, and null.
     """
     share = pl.col("count") / pl.col("count").sum().over("level")
     used = usage.filter(pl.col("count") > 0).with_columns(share=share)
@@ -206,31 +248,35 @@ def describe_levels(table: SidTable, usage: pl.DataFrame) -> pl.DataFrame:
             perplexity_in_prefix=(pl.col("items") * pl.col("perplexity")).sum() / pl.col("items").sum(),
         )
     )
-    levels = usage.group_by("level", maintain_order=True).agg(codebook_size=pl.len().cast(pl.UInt32))
+    levels = usage.group_by("level", maintain_order=True).agg(
+        items=pl.col("count").sum(),
+        codebook_size=pl.len().cast(pl.UInt32),
+        reconstruction=pl.lit(None, pl.Float64),
+        reconstruction_draw=pl.lit(None, pl.Float64),
+    )
+    known = pl.exclude("reconstruction", "reconstruction_draw")
     return (
         levels.join(overall, on="level", how="left", maintain_order="left")
         .join(inside, on="level", how="left", maintain_order="left")
         .with_columns(perplexity=pl.col("entropy").exp())
-        .select(pl.col(name).fill_null(0) for name in LEVELS)
+        .with_columns(known.fill_null(0))
+        .select(LEVELS.names())
     )
 
 
-def evenness(levels: pl.DataFrame, usage: pl.DataFrame) -> pl.Series:
+def evenness(levels: pl.DataFrame) -> pl.Series:
     """Say how evenly each level uses the codes it can reach: 0 for one code only, 1 for all alike.
 
     A level that fewer items than codes reach can use no more codes than items. Null where fewer than two items
     arrive: there is nothing to spread.
     """
-    items = usage.group_by("level").agg(items=pl.col("count").sum())
     reachable = pl.min_horizontal("codebook_size", "items").cast(pl.Float64)
-    return (
-        levels.join(items, on="level", how="left", maintain_order="left")
-        .select(evenness=pl.when(reachable > 1).then((pl.col("perplexity") - 1) / (reachable - 1)))
-        .to_series()
-    )
+    return levels.select(
+        evenness=pl.when(reachable > 1).then((pl.col("perplexity") - 1) / (reachable - 1))
+    ).to_series()
 
 
-def describe(levels: pl.DataFrame, usage: pl.DataFrame, figures: dict[str, float]) -> dict[str, str]:
+def describe(levels: pl.DataFrame, figures: dict[str, float]) -> dict[str, str]:
     """Say in words what each figure means."""
     rate, largest = figures["collision_rate"], int(figures["largest_group"])
     words = {
@@ -240,9 +286,10 @@ def describe(levels: pl.DataFrame, usage: pl.DataFrame, figures: dict[str, float
         if largest > 1
         else "no two items share a string of codes",
     }
-    for row, even in zip(levels.iter_rows(named=True), evenness(levels, usage), strict=True):
+    for row, even in zip(levels.iter_rows(named=True), evenness(levels), strict=True):
+        part = "" if row["items"] == figures["items"] else f" by the {row['items']:,} items that reach it"
         use = (
-            f"level {row['level']}: {row['codes_in_use']} of {row['codebook_size']} codes in use, "
+            f"level {row['level']}: {row['codes_in_use']} of {row['codebook_size']} codes in use{part}, "
             f"perplexity {row['perplexity']:.1f}"
         )
         meaning = "fewer than two items reach it" if even is None else _band(even, EVENNESS_BANDS)
@@ -263,7 +310,24 @@ def describe(levels: pl.DataFrame, usage: pl.DataFrame, figures: dict[str, float
             f"items of equal codes have mean cosine {near:.2f}, any two items {far:.2f}: "
             f"collisions join {'near-equal' if alike > 0.75 else 'alike' if alike > 0.4 else 'unlike'} items"
         )
+    if "reconstruction" in figures:
+        words["reconstruction"] = _describe_reconstruction(figures)
     return words
+
+
+def _describe_reconstruction(figures: dict[str, float]) -> str:
+    """Say how far items are from what their codes decode to; of unit vectors the cosine is 1 - D / 2."""
+    each, drawn = figures["reconstruction"], figures.get("reconstruction_draw")
+    words = f"items lie {each:.3f} (mean cosine {1 - each / 2:.2f}) from what all their codes decode to"
+    if drawn is None:
+        return words + ": squared distance of unit vectors, from 0 to 4"
+    than = (
+        "as well as" if abs(drawn - each) <= 0.1 * each else "better than" if drawn < each else "worse than"
+    )
+    return (
+        f"{words}, {drawn:.3f} (cosine {1 - drawn / 2:.2f}) by interaction, in squared distance of unit vectors: "
+        f"codes keep popular items {than} others"
+    )
 
 
 def _symbols(table: SidTable) -> pl.DataFrame:
@@ -302,6 +366,54 @@ def _cosines(shared: pl.DataFrame, x_ND: Tensor) -> tuple[float, float]:
     return mean_over_pairs(x_ND[members], group, len(shared)), mean_over_pairs(x_ND, everybody, 1)
 
 
+def _check_errors(table: SidTable, errors_NL: Tensor) -> None:
+    """Refuse errors that are not one squared distance of unit vectors a code."""
+    wanted = (table.num_items, len(table.codebook_sizes))
+    require(tuple(errors_NL.shape) == wanted, f"errors are {tuple(errors_NL.shape)}, the codes {wanted}")
+    known = (errors_NL >= 0) & (errors_NL <= FARTHEST + ROUNDING)
+    reached = _reached(table)
+    wrong = torch.where(reached, ~known, ~errors_NL.isnan()).nonzero()
+    if len(wrong):
+        item, level = wrong[0].tolist()
+        raise ValueError(
+            f"errors: item {item} has {float(errors_NL[item, level])} at level {level + 1} and "
+            f"{int(reached[item].sum())} codes: errors are squared distances of unit vectors, from 0 to 4, and NaN "
+            "beyond an item's last code; compute them with the tokenizer and the codes of this table"
+        )
+
+
+def _reached(table: SidTable) -> Tensor:
+    """Say which levels each item has a code on: (N, L) bool."""
+    lengths_N = torch.from_numpy(code_counts(table).to_numpy(writable=True))
+    return torch.arange(len(table.codebook_sizes)) < lengths_N[:, None]
+
+
+def _with_reconstruction(levels: pl.DataFrame, errors_NL: Tensor, events: Tensor | None) -> pl.DataFrame:
+    """Add the mean error of the items, and of the interactions, that reach each level."""
+    reached_NL = ~errors_NL.isnan()
+    zeroed_NL = errors_NL.double().nan_to_num()
+
+    def means(weights_N: Tensor) -> pl.Series:
+        mass_L = (reached_NL * weights_N[:, None]).sum(dim=0)
+        sums_L = (zeroed_NL * weights_N[:, None]).sum(dim=0)
+        # 0 / 0 where nobody gets: unknown, which a frame says as null
+        return pl.Series((sums_L / mass_L).tolist(), dtype=pl.Float64).fill_nan(None)
+
+    everybody = torch.ones(len(errors_NL), dtype=torch.long)
+    drawn = pl.lit(None, pl.Float64) if events is None else means(events)
+    return levels.with_columns(reconstruction=means(everybody), reconstruction_draw=drawn)
+
+
+def _reconstruction(table: SidTable, errors_NL: Tensor, events: Tensor | None) -> dict[str, float]:
+    """Mean error at each item's own last code, by item and by interaction."""
+    last_N = torch.from_numpy(code_counts(table).to_numpy(writable=True)) - 1
+    errors_N = errors_NL.double().gather(1, last_N[:, None]).squeeze(1)
+    figures = {"reconstruction": float(errors_N.mean())}
+    if events is not None:
+        figures["reconstruction_draw"] = float((errors_N * events).sum() / events.sum())
+    return figures
+
+
 def _with_texts(shared: pl.DataFrame, catalog: ItemCatalog | None) -> pl.DataFrame:
     """Add the item texts of the largest groups; other groups have none."""
     if catalog is None:
@@ -322,17 +434,26 @@ def _band(value: float, bands: tuple[tuple[float, str], ...]) -> str:
     return next(words for below, words in bands if value < below)
 
 
-def _collapse(
-    levels: pl.DataFrame, usage: pl.DataFrame, figures: dict[str, float], config: CollisionConfig
-) -> list[str]:
-    """Name every figure beyond its threshold."""
-    uneven = levels.with_columns(evenness=evenness(levels, usage)).filter(
-        pl.col("evenness") < config.min_evenness
+def _uneven(levels: pl.DataFrame, least: float, share: float) -> pl.DataFrame:
+    """Return the levels that are used less evenly than ``least``, if enough items reach them.
+
+    Enough is everybody, or more than a small group and this share of the items. Of few items no evenness can be told:
+    three may agree by chance. And whatever codes they have there, the other items are as well told apart as before.
+    """
+    everybody = levels["items"].max()
+    enough = (pl.col("items") > SMALL_GROUP) & (pl.col("items") >= share * everybody)  # type: ignore[operator]
+    return levels.with_columns(evenness=evenness(levels)).filter(
+        (pl.col("items") == everybody) | enough, pl.col("evenness") < least
     )
+
+
+def _collapse(levels: pl.DataFrame, figures: dict[str, float], config: CollisionConfig) -> list[str]:
+    """Name every figure beyond its threshold."""
+    uneven = _uneven(levels, config.min_evenness, config.min_level_share)
     found = [
         f"level {row['level']}: perplexity {row['perplexity']:.2f} of {row['codebook_size']} codes "
         f"(evenness {row['evenness']:.3f}, wanted at least {config.min_evenness}); "
-        f"{row['largest_share']:.0%} of items have one code"
+        f"{row['largest_share']:.0%} of its {row['items']:,} items have one code"
         for row in uneven.iter_rows(named=True)
     ]
     if figures["collision_rate"] > config.max_collision_rate:
@@ -348,8 +469,6 @@ def _collapse(
     return found
 
 
-def _watch(
-    levels: pl.DataFrame, usage: pl.DataFrame, figures: dict[str, float], config: CollisionConfig
-) -> bool:
-    low = (evenness(levels, usage) < config.watch_evenness).any()
-    return bool(low) or figures["collision_rate"] > config.watch_collision_rate
+def _watch(levels: pl.DataFrame, figures: dict[str, float], config: CollisionConfig) -> bool:
+    low = len(_uneven(levels, config.watch_evenness, share=0)) > 0
+    return low or figures["collision_rate"] > config.watch_collision_rate

@@ -16,11 +16,23 @@ RecommenderConfig = Annotated[CausalConfig | TigerConfig, Field(discriminator="k
 
 
 def build_recommender(config: RecommenderConfig, space: SymbolSpace) -> Causal | Tiger:
-    """Build the recommender that a configuration names, with fresh weights from torch's global stream."""
+    """Build the recommender that a configuration names, with fresh weights from torch's global stream.
+
+    Raises
+    ------
+    ValueError
+        The recommender cannot read SIDs of this space: ``tiger`` those of unequal length, ``causal`` those that
+        its ``max_tokens`` has no room for.
+    """
     match config:
         case CausalConfig():
             return Causal(config, space)
         case TigerConfig():
+            if not space.one_length:
+                raise ValueError(
+                    f"tiger reads SIDs of one length, but here they have from {space.shortest} to "
+                    f"{space.num_levels} codes: take causal, or a tokenizer of fixed length"
+                )
             return Tiger(config, space)
 
 

@@ -1,7 +1,8 @@
 """Decoder-only recommender over flattened SIDs: a history is one string of symbols, the next item its end.
 
-Every position of a history is trained in one pass.
-Shapes: B batch, T items of a history, S steps of a SID, D width, U unique items, P predicted items, W beams.
+Every position of a history is trained in one pass. SIDs may differ in length (see ``strings``).
+Shapes: B batch, T items of a history, N symbols of a row, S steps of the longest SID, D width, U unique items,
+P predicted symbols, W beams.
 """
 
 from typing import Literal, NamedTuple
@@ -9,12 +10,15 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from components.recommenders.backbones import BeamCache, CausalStack, StackConfig
 from components.recommenders.code_heads import step_losses
 from components.recommenders.decoding import beam_search
 from components.recommenders.item_encoders import SymbolEmbedding, latest
+from components.recommenders.strings import Strings, lay_out
 from components.seams import BatchTokens, Ranking, RecommenderLoss, SequenceBatch, SymbolSpace
+from components.tokenizers.sids import symbol_counts
 from components.tokenizers.trie import PrefixTrie
 
 
@@ -24,6 +28,12 @@ class CausalConfig(StackConfig):
     kind: Literal["causal"] = "causal"
     max_history: int = Field(20, ge=1)
     """Latest items of a history that are read."""
+    max_tokens: int | None = None
+    """Most symbols of a history that are read, suffixes included: whole items, the latest first; null: max_history
+    alone says how much is read."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Items are ranked by log-probability / symbols^a; 0: by log-probability alone. Above 0 it favours items that
+    have longer SIDs."""
 
 
 class _State(NamedTuple):
@@ -39,6 +49,11 @@ class Causal(nn.Module):
 
     def __init__(self, config: CausalConfig, space: SymbolSpace) -> None:
         super().__init__()
+        if config.max_tokens is not None and config.max_tokens < space.num_steps:
+            raise ValueError(
+                f"model.max_tokens {config.max_tokens} holds no SID of {space.num_steps} symbols, the longest here: "
+                f"set it to {space.num_steps} at least, or to null"
+            )
         self.config, self.space = config, space
         self.symbols = SymbolEmbedding(space, config.dim, std=1.0)
         self.place = nn.Parameter(torch.randn(config.max_history + 1, config.dim) * 0.1)
@@ -49,7 +64,7 @@ class Causal(nn.Module):
         nn.init.normal_(self.out.weight, std=0.02)
 
     def loss(self, batch: SequenceBatch, tokens: BatchTokens) -> RecommenderLoss:
-        """Return the mean cross-entropy over all items after the first of each history, target included.
+        """Return the mean cross-entropy over all symbols after the first item of each history, target included.
 
         Raises
         ------
@@ -63,27 +78,52 @@ class Causal(nn.Module):
         items = torch.cat([batch.items, batch.items[:, -1:]], dim=1).scatter(1, length, batch.target[:, None])
         present = torch.arange(items.shape[1], device=items.device) <= length
 
-        x_BTSD = self._read(self.symbols(tokens.history)[items])
-        hidden, _ = self.stack(self.dropout(x_BTSD.flatten(1, 2)[:, :-1]))
-        # The token before an item predicts its first symbol, each of its symbols the one after.
-        steps = self.space.num_steps
-        h_PSD = hidden[:, steps - 1 :].unflatten(1, (-1, steps))[present[:, 1:]]
-        return step_losses(self._logits, h_PSD, tokens.target, items[:, 1:][present[:, 1:]], self.space)
+        strings = lay_out(symbol_counts(tokens.history.symbols)[items], present)
+        items_BN = items.gather(1, strings.place)
+        x_BND = self._place(self.symbols(tokens.history)[items_BN, strings.step], strings)
+        hidden, _ = self.stack(self.dropout(x_BND[:, :-1]))
+
+        # The symbol before predicts a symbol: the suffix of the item before an item's first, and so on.
+        predicted = (strings.present & (strings.place > 0))[:, 1:]
+        step_P, order = strings.step[:, 1:][predicted].sort(stable=True)
+        at_P = predicted.flatten().nonzero().squeeze(1)[order]
+        hidden_PD = hidden.flatten(0, 1).index_select(0, at_P)
+        items_P = items_BN[:, 1:].flatten()[at_P]
+        sizes = torch.bincount(step_P, minlength=self.space.num_steps).tolist()
+        return step_losses(
+            self._logits,
+            torch.split_with_sizes(hidden_PD, sizes),
+            tokens.target,
+            torch.split_with_sizes(items_P, sizes),
+            self.space,
+        )
 
     def rank(
         self, batch: SequenceBatch, symbols: Tensor, trie: PrefixTrie, beams: int, *, exclude_seen: bool
     ) -> Ranking:
-        """Return the ``beams`` best items of each history; its latest ``max_history`` items are read."""
+        """Return the ``beams`` best items of each history.
+
+        Its latest ``max_history`` items are read, or as many of these as ``max_tokens`` symbols hold.
+        """
         items = batch.unique[batch.items]
         excluded = items.masked_fill(~batch.mask, -1) if exclude_seen else None
-        recent, length = latest(items, batch.mask, self.config.max_history)
-        x_BTSD = self._read(self.symbols.hard(symbols[recent]))
-        hidden, context = self.stack(x_BTSD.flatten(1, 2))
-        steps = self.space.num_steps
-        read = torch.arange(hidden.shape[1], device=hidden.device) < (length * steps)[:, None]
-        last = hidden.gather(1, (length * steps - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))
-        state = _State(last, length, self.stack.start(context, read))
-        return beam_search(self, state, trie, self.space.starts, beams, excluded)
+        counts_N, most = symbol_counts(symbols), self.config.max_tokens
+        budget = None if most is None else (counts_N[items], most)
+        recent = latest(items, batch.mask, self.config.max_history, budget)
+        strings = lay_out(counts_N[recent.items], recent.mask)
+        symbol_BN = symbols[recent.items.gather(1, strings.place), strings.step]
+        hidden, context = self.stack(self._place(self.symbols.hard(symbol_BN), strings))
+        last = hidden.gather(1, (strings.length - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))
+        state = _State(last, recent.length, self.stack.start(context, strings.present))
+        return beam_search(
+            self,
+            state,
+            trie,
+            self.space.starts,
+            beams,
+            excluded,
+            length_penalty=self.config.length_penalty,
+        )
 
     def step(self, state: _State, step: int, symbols: Tensor | None) -> tuple[Tensor, _State]:
         """Write one symbol a beam (see ``decoding.CodeHead``)."""
@@ -97,12 +137,13 @@ class Causal(nn.Module):
         """Follow the beams that survived (see ``decoding.CodeHead``)."""
         return state._replace(cache=state.cache.reorder(index))
 
-    def _read(self, x_BTSD: Tensor) -> Tensor:
+    def _place(self, x_BND: Tensor, strings: Strings) -> Tensor:
         """Add an item's place in the history and a symbol's place in the item."""
-        return x_BTSD + self.place[: x_BTSD.shape[1], None] + self.step_place
+        place_BND = F.embedding(strings.place, self.place)
+        return x_BND + place_BND + F.embedding(strings.step, self.step_place)
 
     def _logits(self, hidden: Tensor, step: int) -> Tensor:
-        return nn.functional.linear(hidden, self.out.weight[slice(*self.space.range(step))])
+        return F.linear(hidden, self.out.weight[slice(*self.space.range(step))])
 
 
 def check_paths(*, history: bool, teacher_forcing: bool) -> None:

@@ -1,6 +1,6 @@
 """How the next item is written: the loss of its symbols, step by step, against hard or soft targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,35 +11,36 @@ from components.seams import ItemTokens, RecommenderLoss, SymbolSpace
 
 def step_losses(
     logits: Callable[[Tensor, int], Tensor],
-    hidden_PSD: Tensor,
+    hidden: Sequence[Tensor],
     target: ItemTokens,
-    items_P: Tensor,
+    items: Sequence[Tensor],
     space: SymbolSpace,
 ) -> RecommenderLoss:
-    """Return the cross-entropy of the symbols of P predicted items.
+    """Return the cross-entropy of the symbols of predicted items, each symbol weighing the same.
 
     Parameters
     ----------
     logits : callable
         Hidden states (P, D) and a step to logits (P, K) of the step's symbols.
-    hidden_PSD : Tensor
-        (P, S, D), the states that predict each step.
+    hidden : sequence of Tensor
+        One (P, D) a step, the states that predict it. Where SIDs differ in length, later steps have fewer.
     target : ItemTokens
         Tokens of the batch's unique items; with weights, the target is the soft one-hot, whose value is the
-        code and whose gradient is that of the assignment (DIGER, L_gen).
-    items_P : Tensor
-        (P,) indices of the predicted items among the unique ones.
+        code and whose gradient is that of the assignment (DIGER, L_gen). Weights need SIDs of one length.
+    items : sequence of Tensor
+        One (P,) long a step, indices of the predicted items among the unique ones.
     space : SymbolSpace
         Ranges of the steps.
     """
-    symbols_PS = target.symbols[items_P]
-    losses = []
-    for step in range(space.num_steps):
-        scores = logits(hidden_PSD[:, step], step)
+    sums = []
+    for step, (hidden_PD, items_P) in enumerate(zip(hidden, items, strict=True)):
+        scores = logits(hidden_PD, step)
         if target.weights is None or step == space.num_levels:
-            losses.append(F.cross_entropy(scores, symbols_PS[:, step] - space.starts[step]))
+            column_P = target.symbols[items_P, step] - space.starts[step]
+            sums.append(F.cross_entropy(scores, column_P, reduction="sum"))
         else:
             weights_PK = target.weights[step][items_P]
-            losses.append(-(weights_PK * scores.log_softmax(dim=-1)).sum(dim=-1).mean())
-    steps = torch.stack(losses)
-    return RecommenderLoss(steps.mean(), steps.detach())
+            sums.append(-(weights_PK * scores.log_softmax(dim=-1)).sum())
+    steps = torch.stack(sums)
+    counts = torch.tensor([len(items_P) for items_P in items], device=steps.device)
+    return RecommenderLoss(steps.sum() / counts.sum(), steps.detach() / counts.clamp(min=1))

@@ -1,6 +1,7 @@
 """One beam search for every recommender, kept on valid SIDs by a trie.
 
-Shapes: B users, W beams, S steps, K symbols of a step, F most children of a node at a depth, T history items.
+Shapes: B users, W beams, S steps of the longest SID, K symbols of a step, F most children of a node at a depth,
+T history items.
 """
 
 import math
@@ -36,11 +37,15 @@ def beam_search(
     starts: list[int],
     width: int,
     excluded: Tensor | None = None,
+    length_penalty: float = 0.0,
 ) -> Ranking:
     """Find the best items of each user.
 
-    A score is the log-probability of the SID under the model restricted to valid SIDs: each step is
-    normalised over the children of its node, so the scores of all items are a distribution.
+    The log-probability of a SID is that under the model restricted to valid SIDs: each step is normalised
+    over the children of its node, so all items together are a distribution, whatever the length of their SIDs.
+
+    SIDs end where their leaf is. A finished one leaves the beam: it takes no place of those still being written,
+    nor do they push it out, even if all of them are more probable so far.
 
     Parameters
     ----------
@@ -51,17 +56,21 @@ def beam_search(
     starts : list of int
         First symbol of each step (``SymbolSpace.range``).
     width : int
-        Beams W, which is also the length of the ranking.
+        Beams W, which is also the length of the ranking. So many unfinished strings are kept at each step.
     excluded : Tensor, optional
         (B, T) item ids that must not be recommended, -1 for none. Subtrees with no other item are left
         out before the beam is cut, so exclusion costs no beams.
+    length_penalty : float, optional
+        Exponent a >= 0. Items are ranked by log-probability / (symbols of the SID)^a, which favours long SIDs;
+        0 ranks by log-probability. Unfinished strings, which are of one length, compete by log-probability.
 
     Returns
     -------
     Ranking
-        (B, W), padded with -1 where a user has fewer than W items left.
+        (B, W), its scores what items are ranked by; padded with -1 where a user has fewer than W items left.
     """
     scores = nodes = symbols = None
+    finished: list[Ranking] = []
     for step, start in enumerate(starts):
         logits, state = head.step(state, step, symbols)
         if scores is None or nodes is None:
@@ -76,14 +85,33 @@ def beam_search(
         if excluded is not None:
             exhausted = _exhausted(trie, excluded, step + 1)
             gain = gain.masked_fill(_contains(exhausted, child.flatten(1)).view_as(child), -math.inf)
-        candidates = (scores.unsqueeze(-1) + gain).flatten(1)
-        top = candidates.topk(min(width, candidates.shape[1]), dim=1)
+        child = child.flatten(1)
+        complete = unfinished = (scores.unsqueeze(-1) + gain).flatten(1)
+        ends, goes_on = trie.ends[step], any(trie.fan_out[step + 1 :])
+        if ends and goes_on:  # both kinds stand side by side: the best of each, not the best of all
+            leaf = trie.num_children[child] == 0
+            complete, unfinished = (complete.masked_fill(mask, -math.inf) for mask in (~leaf, leaf))
+        if ends:
+            top = complete.topk(min(width, complete.shape[1]), dim=1)
+            item = trie.item[child.gather(1, top.indices)]
+            finished.append(Ranking(item, top.values / (step + 1) ** length_penalty))
+        if not goes_on:
+            break
+        top = unfinished.topk(min(width, unfinished.shape[1]), dim=1)
         scores = top.values
-        nodes = child.flatten(1).gather(1, top.indices)
+        nodes = child.gather(1, top.indices)
         symbols = trie.symbol[nodes].clamp(min=start)
-        state = head.reorder(state, top.indices // child.shape[-1])
-    assert scores is not None and nodes is not None
-    items = torch.where(scores > -math.inf, trie.item[nodes], -1)
+        state = head.reorder(state, top.indices // trie.fan_out[step])
+    return _best(finished, width)
+
+
+def _best(finished: list[Ranking], width: int) -> Ranking:
+    """Return the best ``width`` of all finished items; each list is in order already."""
+    items, scores = (torch.cat(part, dim=1) for part in zip(*finished, strict=True))
+    if len(finished) > 1:
+        top = scores.topk(min(width, scores.shape[1]), dim=1)
+        items, scores = items.gather(1, top.indices), top.values
+    items = torch.where(scores > -math.inf, items, -1)
     missing = width - items.shape[1]
     if missing > 0:
         items = torch.nn.functional.pad(items, (0, missing), value=-1)
@@ -92,7 +120,10 @@ def beam_search(
 
 
 def _exhausted(trie: PrefixTrie, excluded_BT: Tensor, depth: int) -> Tensor:
-    """Return (B, T) sorted nodes of a depth below which every item is excluded; other places hold M."""
+    """Return (B, T) sorted nodes of a depth below which every item is excluded; other places hold M.
+
+    Leaves of lesser depth may be among them; no child that is looked up is one.
+    """
     none = len(trie.symbol)
     items = excluded_BT.sort(dim=1).values
     repeated = torch.zeros_like(items, dtype=torch.bool)

@@ -4,6 +4,8 @@
 so the forward value is equal and only the gradient differs.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ class SymbolEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(space.num_symbols, dim) * std)
 
     def forward(self, tokens: ItemTokens) -> Tensor:
-        """Return (U, S, D)."""
+        """Return (U, S, D); what stands behind the end of a SID is not to be read."""
         if tokens.weights is None:
             return self.hard(tokens.symbols)
         soft = [
@@ -30,13 +32,49 @@ class SymbolEmbedding(nn.Module):
         return torch.stack([*soft, self.hard(tokens.symbols[:, -1])], dim=1)
 
     def hard(self, symbols: Tensor) -> Tensor:
-        """Return the vectors of symbols of any shape."""
-        return F.embedding(symbols, self.weight)
+        """Return the vectors of symbols of any shape; -1, behind the end of a SID, reads as symbol 0."""
+        return F.embedding(symbols.clamp(min=0), self.weight)
 
 
-def latest(items_BT: Tensor, mask_BT: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Keep the latest ``most`` items of each history; return items (B, min(T, most)) and lengths (B,)."""
-    length = mask_BT.sum(dim=1)
-    start = (length - most).clamp(min=0)
-    at = start[:, None] + torch.arange(min(most, items_BT.shape[1]), device=items_BT.device)
-    return items_BT.gather(1, at.clamp(max=items_BT.shape[1] - 1)), length.clamp(max=most)
+class Recent(NamedTuple):
+    """The latest items of histories, left-aligned."""
+
+    items: Tensor
+    """(B, T) long; what stands in padding is not to be read."""
+    mask: Tensor
+    """(B, T) bool, True where there is an item."""
+    length: Tensor
+    """(B,) long, items of each history."""
+
+
+def latest(items_BT: Tensor, mask_BT: Tensor, most: int, budget: tuple[Tensor, int] | None = None) -> Recent:
+    """Keep the latest items of each history; an item is kept whole or not at all.
+
+    Parameters
+    ----------
+    items_BT, mask_BT : Tensor
+        Histories, left-aligned, and where there is an item.
+    most : int
+        Most items.
+    budget : tuple, optional
+        (B, T) long, what each item costs, and the most that a history may cost; None: any.
+
+    Returns
+    -------
+    Recent
+        (B, min(T, most)).
+    """
+    kept_BT = mask_BT & (_to_end(mask_BT.long()) <= most)
+    if budget is not None:
+        costs_BT, limit = budget
+        kept_BT = kept_BT & (_to_end(costs_BT * mask_BT) <= limit)
+    length_B, kept_B = mask_BT.sum(dim=1), kept_BT.sum(dim=1)
+    place = torch.arange(min(most, items_BT.shape[1]), device=items_BT.device)
+    at = (length_B - kept_B)[:, None] + place
+    items = items_BT.gather(1, at.clamp(max=items_BT.shape[1] - 1))
+    return Recent(items, place < kept_B[:, None], kept_B)
+
+
+def _to_end(costs_BT: Tensor) -> Tensor:
+    """Return what an item and all after it cost together; falls along a row, so what fits is the row's end."""
+    return costs_BT.sum(dim=1, keepdim=True) - costs_BT.cumsum(dim=1) + costs_BT

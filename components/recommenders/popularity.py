@@ -6,25 +6,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from components.recommenders.full_ranking import flatten
-
-
-def count_events(sequences: pl.Series, num_items: int) -> NDArray[np.int64]:
-    """Count the training events of every item.
-
-    Parameters
-    ----------
-    sequences : series of list
-        Training sequences of item ids.
-    num_items : int
-        Size of the catalogue.
-
-    Returns
-    -------
-    array
-        (N,) events, 0 for items that nobody met in training.
-    """
-    return np.bincount(flatten(sequences).items, minlength=num_items)
+from components.data.splits import count_events
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """TIGER: a T5 encoder reads the history's SIDs, a T5 decoder writes the next item's SID.
 
-One target a row: a training row is a prefix of a user's history and the item that follows it.
+One target a row: a training row is a prefix of a user's history and the item that follows it. SIDs are of one
+length, so a history is a rectangle of items and steps.
 Shapes: B batch, T items of a history, S steps of a SID, D width, U unique items, W beams.
 """
 
@@ -22,7 +23,7 @@ _STD = 0.02
 
 
 class TigerConfig(StackConfig):
-    """Encoder-decoder recommender, one target a row."""
+    """Encoder-decoder recommender, one target a row; reads SIDs of one length."""
 
     kind: Literal["tiger"] = "tiger"
     max_history: int = Field(20, ge=1)
@@ -55,12 +56,13 @@ class Tiger(nn.Module):
         The history, the known beginning of the target and the target itself each come from their own tokens,
         so the three gradient paths are independent.
         """
-        items, length = latest(batch.items, batch.mask, self.config.max_history)
-        memory, read = self._encode(self.symbols(tokens.history)[items], length)
+        recent = latest(batch.items, batch.mask, self.config.max_history)
+        memory, read = self._encode(self.symbols(tokens.history)[recent.items], recent.mask)
         known_BSD = self.symbols(tokens.forced)[batch.target][:, :-1]
         begin = self.begin.expand(len(known_BSD), 1, -1)
         h_BSD = self.decoder(torch.cat([begin, known_BSD], dim=1), memory, read)
-        return step_losses(self._logits, h_BSD, tokens.target, batch.target, self.space)
+        steps = self.space.num_steps
+        return step_losses(self._logits, h_BSD.unbind(1), tokens.target, [batch.target] * steps, self.space)
 
     def rank(
         self, batch: SequenceBatch, symbols: Tensor, trie: PrefixTrie, beams: int, *, exclude_seen: bool
@@ -68,8 +70,8 @@ class Tiger(nn.Module):
         """Return the ``beams`` best items of each history; its latest ``max_history`` items are read."""
         items = batch.unique[batch.items]
         excluded = items.masked_fill(~batch.mask, -1) if exclude_seen else None
-        recent, length = latest(items, batch.mask, self.config.max_history)
-        memory, read = self._encode(self.symbols.hard(symbols[recent]), length)
+        recent = latest(items, batch.mask, self.config.max_history)
+        memory, read = self._encode(self.symbols.hard(symbols[recent.items]), recent.mask)
         return beam_search(self, self.decoder.start(memory, read), trie, self.space.starts, beams, excluded)
 
     def step(self, state: BeamCache, step: int, symbols: Tensor | None) -> tuple[Tensor, BeamCache]:
@@ -83,11 +85,10 @@ class Tiger(nn.Module):
         """Follow the beams that survived (see ``decoding.CodeHead``)."""
         return state.reorder(index)
 
-    def _encode(self, x_BTSD: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, x_BTSD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the encoder's memory (B, T * S, D) and a mask of the symbols that are there."""
-        x_BND = x_BTSD.flatten(1, 2)
-        read = torch.arange(x_BND.shape[1], device=x_BND.device) < (length_B * self.space.num_steps)[:, None]
-        return self.encoder(x_BND, read), read
+        read = mask_BT.repeat_interleave(self.space.num_steps, dim=1)
+        return self.encoder(x_BTSD.flatten(1, 2), read), read
 
     def _logits(self, hidden: Tensor, step: int) -> Tensor:
         return nn.functional.linear(hidden, self.symbols.weight[slice(*self.space.range(step))])

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from components.artifacts import TokenizerCheckpoint
 from components.folders import ArtifactError, Provenance
+from components.tokenizers.dvae import Dvae, DvaeConfig
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig
 from components.tokenizers.rqvae import RqVae, RqVaeConfig
 
-TokenizerConfig = Annotated[RqVaeConfig | RkMeansConfig, Field(discriminator="kind")]
+TokenizerConfig = Annotated[RqVaeConfig | RkMeansConfig | DvaeConfig, Field(discriminator="kind")]
 
 
-def build_tokenizer(config: TokenizerConfig, input_dim: int) -> RqVae | RkMeans:
+def build_tokenizer(config: TokenizerConfig, input_dim: int) -> RqVae | RkMeans | Dvae:
     """Build the tokenizer that a configuration describes, untrained.
 
     Parameters
@@ -29,9 +30,11 @@ def build_tokenizer(config: TokenizerConfig, input_dim: int) -> RqVae | RkMeans:
             return RqVae(config, input_dim)
         case RkMeansConfig():
             return RkMeans(config, input_dim)
+        case DvaeConfig():
+            return Dvae(config, input_dim)
 
 
-def load_tokenizer(checkpoint: TokenizerCheckpoint) -> RqVae | RkMeans:
+def load_tokenizer(checkpoint: TokenizerCheckpoint) -> RqVae | RkMeans | Dvae:
     """Rebuild a trained tokenizer, in evaluation mode.
 
     Raises
@@ -54,7 +57,7 @@ def load_tokenizer(checkpoint: TokenizerCheckpoint) -> RqVae | RkMeans:
 
 
 def checkpoint_of(
-    tokenizer: RqVae | RkMeans,
+    tokenizer: RqVae | RkMeans | Dvae,
     *,
     embeddings: str,
     steps: int,
@@ -65,7 +68,7 @@ def checkpoint_of(
 
     Parameters
     ----------
-    tokenizer : RqVae or RkMeans
+    tokenizer : RqVae, RkMeans or Dvae
         The module.
     embeddings : str
         Fingerprint of the content vectors that it was trained on.

@@ -25,6 +25,9 @@ class RkMeansConfig(Config):
     """Rounds of Lloyd's algorithm a level."""
     redos: int = Field(1, ge=1)
     """Starts a level; the one with the smallest error stays."""
+    weights: Literal["items", "interactions"] = "items"
+    """Whose squared errors count: each item alike, or each by its training interactions, so that codewords are denser
+    where popular items are."""
 
 
 class RkMeans(nn.Module):
@@ -71,11 +74,16 @@ class RkMeans(nn.Module):
         return {"codebook": total / len(self.codebooks)}
 
     @torch.no_grad()
-    def fit(self, x_ND: Tensor, seed: int) -> None:
-        """Set scale and codebooks from these rows. Equal seeds give equal bytes on one machine."""
+    def fit(self, x_ND: Tensor, seed: int, weights_N: Tensor | None = None) -> None:
+        """Set scale and codebooks from these rows, weighted if asked. Equal seeds give equal bytes on one machine."""
         self.standardise(x_ND)
         centroids = residual_kmeans(
-            self.latents(x_ND), self.codebook_sizes, self.config.iterations, self.config.redos, seed
+            self.latents(x_ND),
+            self.codebook_sizes,
+            self.config.iterations,
+            self.config.redos,
+            seed,
+            weights_N,
         )
         for codebook_KZ, centroids_KZ in zip(self.codebooks, centroids, strict=True):
             codebook_KZ.copy_(centroids_KZ)
@@ -96,18 +104,27 @@ def root_mean_square(x_ND: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def residual_kmeans(z_NZ: Tensor, sizes: list[int], iterations: int, redos: int, seed: int) -> list[Tensor]:
+def residual_kmeans(
+    z_NZ: Tensor,
+    sizes: list[int],
+    iterations: int,
+    redos: int,
+    seed: int,
+    weights_N: Tensor | None = None,
+) -> list[Tensor]:
     """Fit one codebook (K, Z) a level, each on the residuals of the levels before it."""
     residual_NZ, codebooks = z_NZ, []
     for level, size in enumerate(sizes):
-        codebook_KZ = kmeans(residual_NZ, size, iterations, redos, seed + level)
+        codebook_KZ = kmeans(residual_NZ, size, iterations, redos, seed + level, weights_N)
         codes_N1 = residual_codes(residual_NZ, [codebook_KZ])
         residual_NZ = residual_NZ - codebook_KZ[codes_N1[:, 0]]
         codebooks.append(codebook_KZ)
     return codebooks
 
 
-def kmeans(x_NZ: Tensor, size: int, iterations: int, redos: int, seed: int) -> Tensor:
+def kmeans(
+    x_NZ: Tensor, size: int, iterations: int, redos: int, seed: int, weights_N: Tensor | None = None
+) -> Tensor:
     """Cluster rows with Lloyd's algorithm on faiss, started by greedy k-means++.
 
     Parameters
@@ -120,6 +137,8 @@ def kmeans(x_NZ: Tensor, size: int, iterations: int, redos: int, seed: int) -> T
         Rounds of Lloyd a start, and starts.
     seed : int
         Seeds the sample of rows and the starts.
+    weights_N : Tensor, optional
+        How much the squared error of each row counts; rows of weight 0 are left out.
 
     Returns
     -------
@@ -129,7 +148,7 @@ def kmeans(x_NZ: Tensor, size: int, iterations: int, redos: int, seed: int) -> T
     Raises
     ------
     ValueError
-        Fewer rows than clusters.
+        Fewer rows than clusters, of those that have weight.
 
     References
     ----------
@@ -138,6 +157,10 @@ def kmeans(x_NZ: Tensor, size: int, iterations: int, redos: int, seed: int) -> T
     """
     from sklearn.cluster import kmeans_plusplus
 
+    weights = None
+    if weights_N is not None:
+        x_NZ, weights_N = x_NZ[weights_N > 0], weights_N[weights_N > 0]
+        weights = weights_N.cpu().numpy().astype(np.float32)
     if len(x_NZ) < size:
         raise ValueError(
             f"a codebook of {size} codes needs at least as many items, got {len(x_NZ)}: lower codebook_sizes"
@@ -146,10 +169,11 @@ def kmeans(x_NZ: Tensor, size: int, iterations: int, redos: int, seed: int) -> T
     rng = np.random.default_rng(seed)
     x = np.ascontiguousarray(x_NZ.detach().cpu().numpy(), dtype=np.float32)
     if len(x) > size * POINTS_PER_CODE:
-        x = x[np.sort(rng.choice(len(x), size * POINTS_PER_CODE, replace=False))]
+        rows = np.sort(rng.choice(len(x), size * POINTS_PER_CODE, replace=False))
+        x, weights = x[rows], None if weights is None else weights[rows]
     best: tuple[float, np.ndarray[Any, Any]] | None = None
     for _ in range(redos):
-        start, _ = kmeans_plusplus(x, size, random_state=int(rng.integers(2**31)))
+        start, _ = kmeans_plusplus(x, size, sample_weight=weights, random_state=int(rng.integers(2**31)))
         run = faiss.Kmeans(
             x.shape[1],
             size,
@@ -158,7 +182,7 @@ def kmeans(x_NZ: Tensor, size: int, iterations: int, redos: int, seed: int) -> T
             min_points_per_centroid=1,
             max_points_per_centroid=len(x),
         )
-        error = float(run.train(x, init_centroids=start))
+        error = float(run.train(x, weights=weights, init_centroids=start))
         if best is None or error < best[0]:
             best = error, run.centroids.copy()
     assert best is not None

@@ -12,12 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import ContentEmbeddings, SidTable, TokenizerCheckpoint
+from components.artifacts import ContentEmbeddings, SequenceSplit, SidTable, TokenizerCheckpoint
 from components.config import Config
+from components.data.splits import training_counts
 from components.folders import ArtifactError, Provenance
 from components.seams import SymbolSpace
 from components.tokenizers.build import load_tokenizer
+from components.tokenizers.dvae import Dvae
 from components.tokenizers.quantize import residual_codes, sinkhorn_codes
+from components.tokenizers.rkmeans import RkMeans
+from components.tokenizers.rqvae import RqVae
+from components.tokenizers.stopping import LengthRule
 
 SCHEMA = SidTable.SCHEMAS["codes"]
 
@@ -43,6 +48,12 @@ class SidConfig(AssignmentRule):
 
     suffix_size: int = Field(256, ge=1, le=65536)
     """Most items that may share their codes. Leave room where codes move: joint training grows buckets."""
+    suffix_order: Literal["item_id", "popularity"] = "item_id"
+    """Who gets suffix 0 among items of equal codes: the lowest item id, or the item with most training interactions,
+    so that a suffix says something. popularity needs the split; items of an earlier table keep their suffix."""
+    length: LengthRule = "argmax"
+    """Only for dvae: where a name stops. argmax or median of the learned posterior, or the optimum for its codes by
+    the price rule, which needs no learned stop."""
     other_embeddings: Literal["refuse", "accept"] = "refuse"
     """What to do with embeddings that the tokenizer was not trained on: accept them for a grown catalogue
     that the same encoder has read."""
@@ -53,6 +64,7 @@ def assign(
     embeddings: ContentEmbeddings,
     config: SidConfig,
     previous: SidTable | None = None,
+    split: SequenceSplit | None = None,
 ) -> SidTable:
     """Tokenize every item and settle collisions.
 
@@ -66,6 +78,8 @@ def assign(
         Assignment and room for collisions.
     previous : SidTable, optional
         An earlier table of these items, or of the first of them; unmoved items keep their suffix.
+    split : SequenceSplit, optional
+        Its training events order suffixes by popularity.
 
     Returns
     -------
@@ -74,7 +88,10 @@ def assign(
     Raises
     ------
     ArtifactError
-        The tokenizer was trained on other embeddings, or on vectors of another width.
+        The tokenizer was trained on other embeddings, or on vectors of another width; or the split is of
+        another catalogue.
+    ValueError
+        Suffixes are to follow popularity and there is no split, or sinkhorn is asked of a dvae.
     OverfullBucket
         More items share their codes than ``suffix_size`` allows.
     """
@@ -90,16 +107,54 @@ def assign(
             f"({checkpoint.embeddings[:12]}): train it on these, or set other_embeddings=accept where the "
             "same encoder read a grown catalogue"
         )
+    counts_N = None
+    if config.suffix_order == "popularity":
+        counts = training_counts(split, len(embeddings.matrix), "sids.suffix_order=popularity")
+        counts_N = torch.from_numpy(counts)
     tokenizer = load_tokenizer(checkpoint)
-    with torch.no_grad():
-        codes_NL = assign_codes(tokenizer.latents(embeddings.matrix), list(tokenizer.codebooks), config)
     table = codes_to_table(
-        codes_NL, tokenizer.codebook_sizes, config.suffix_size, checkpoint.fingerprint, previous
+        name_items(tokenizer, embeddings.matrix, config),
+        tokenizer.codebook_sizes,
+        config.suffix_size,
+        checkpoint.fingerprint,
+        previous,
+        shared=isinstance(tokenizer, Dvae),
+        counts_N=counts_N,
     )
     parents = {"TokenizerCheckpoint": checkpoint.fingerprint, "ContentEmbeddings": embeddings.fingerprint}
     if previous is not None:
         parents["SidTable"] = previous.fingerprint
+    if counts_N is not None and split is not None:
+        parents["SequenceSplit"] = split.fingerprint
     return replace(table, provenance=Provenance(config=config.model_dump(mode="json"), parents=parents))
+
+
+@torch.no_grad()
+def name_items(tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, config: SidConfig) -> Tensor:
+    """Return the codes (N, T) long of all items, -1 behind the last code of a name that stops early.
+
+    Raises
+    ------
+    ValueError
+        Sinkhorn is asked of a dvae, whose codes are no nearest codewords.
+    """
+    match tokenizer:
+        case RqVae() | RkMeans():
+            return assign_codes(tokenizer.latents(x_ND), list(tokenizer.codebooks), config)
+        case Dvae():
+            check_assignment(config)
+            names = tokenizer.names(x_ND)
+            reached = torch.arange(names.codes.shape[1]) < tokenizer.lengths(names, config.length)[:, None]
+            return names.codes.masked_fill(~reached, -1)
+
+
+def check_assignment(rule: AssignmentRule) -> None:
+    """Refuse a rule that does not fit the codes of a dvae."""
+    if rule.assignment != "nearest":
+        raise ValueError(
+            f"sids.assignment {rule.assignment} balances distances to codewords, which a dvae does not have: its "
+            "training spreads the codes; set sids.assignment=nearest, which gives each item its likeliest codes"
+        )
 
 
 @torch.no_grad()
@@ -118,17 +173,20 @@ def codes_to_table(
     suffix_size: int,
     tokenizer: str,
     previous: SidTable | None = None,
+    *,
+    shared: bool = False,
+    counts_N: Tensor | None = None,
 ) -> SidTable:
     """Close every item's codes with a suffix that tells it from the others in its bucket.
 
-    Without ``previous`` suffixes count from 0 in item-id order in every bucket. With it an item that keeps
-    its codes keeps its suffix, and a newcomer to a bucket takes the lowest free one, in item-id order; then
-    suffixes are unique and below ``suffix_size``, but not always dense.
+    Without ``previous`` suffixes count from 0 in every bucket, in item-id order or the most popular item first.
+    With it an item that keeps its codes keeps its suffix, and a newcomer to a bucket takes the lowest free one,
+    in item-id order; then suffixes are unique and below ``suffix_size``, but not always dense.
 
     Parameters
     ----------
     codes_NL : Tensor
-        Codes (N, L), row = item id.
+        Codes (N, L), row = item id; -1 behind the last code of a shorter name.
     codebook_sizes : list of int
         Codes of each level.
     suffix_size : int
@@ -137,6 +195,10 @@ def codes_to_table(
         Fingerprint of the tokenizer that made the codes.
     previous : SidTable, optional
         The table before this one, of the first of these items or of all.
+    shared : bool
+        Whether all levels read one codebook.
+    counts_N : Tensor, optional
+        (N,) training events of each item, which order the suffixes of a new table; ties by item id.
 
     Returns
     -------
@@ -151,15 +213,17 @@ def codes_to_table(
     """
     frame = pl.DataFrame({"codes": codes_NL.cpu().numpy()}).select(
         pl.int_range(pl.len(), dtype=pl.UInt32).alias("item_id"),
-        pl.col("codes").arr.to_list().cast(pl.List(pl.UInt16)),
+        pl.col("codes").arr.to_list().list.filter(pl.element() >= 0).cast(pl.List(pl.UInt16)),
     )
     _check_room(frame, suffix_size)
-    suffixed = _dense(frame) if previous is None else _stable(frame, previous, codebook_sizes, suffix_size)
+    suffixed = (
+        _dense(frame, counts_N) if previous is None else _stable(frame, previous, codebook_sizes, suffix_size)
+    )
     return SidTable(
         codes=suffixed.select(item_id="item_id", codes="codes", suffix=pl.col("suffix").cast(pl.UInt16)),
         codebook_sizes=list(codebook_sizes),
         suffix_size=suffix_size,
-        shared=False,
+        shared=shared,
         tokenizer=tokenizer,
     )
 
@@ -174,8 +238,13 @@ def _check_room(frame: pl.DataFrame, suffix_size: int) -> None:
         )
 
 
-def _dense(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.with_columns(suffix=pl.int_range(pl.len()).over("codes"))
+def _dense(frame: pl.DataFrame, counts_N: Tensor | None) -> pl.DataFrame:
+    if counts_N is None:
+        return frame.with_columns(suffix=pl.int_range(pl.len()).over("codes"))
+    # A stable order by falling count: of equals the lower item id comes first.
+    popular = torch.argsort(counts_N, descending=True, stable=True).argsort()
+    ranked = frame.with_columns(rank=pl.Series(popular.cpu().numpy()))
+    return ranked.with_columns(suffix=pl.col("rank").rank("ordinal").over("codes").cast(pl.Int64) - 1)
 
 
 def _stable(
@@ -213,27 +282,40 @@ def _stable(
 
 
 def space_of(table: SidTable) -> SymbolSpace:
-    """Return the symbols that strings of this table are written in."""
-    return SymbolSpace(tuple(table.codebook_sizes), table.suffix_size)
-
-
-def table_symbols(table: SidTable) -> Tensor:
-    """Return the symbols (N, S) long of every item's SID: its codes level by level, then its suffix.
+    """Return the symbols that strings of this table are written in.
 
     Raises
     ------
     ValueError
-        Items differ in their number of codes; such strings fit no rectangle.
+        SIDs differ in length, but levels have codebooks of their own: where a SID may end, codes and suffixes
+        would not stand side by side.
     """
-    space = space_of(table)
-    short = table.codes.filter(pl.col("codes").list.len() != space.num_levels)
-    if len(short):
-        row = short.row(0, named=True)
+    shortest = int(table.codes["codes"].list.len().min())  # type: ignore[arg-type]
+    if shortest < len(table.codebook_sizes) and not table.shared:
+        row = table.codes.filter(pl.col("codes").list.len() == shortest).row(0, named=True)
         raise ValueError(
-            f"item {row['item_id']} has the codes {row['codes']}, not {space.num_levels} of them: "
-            "this recommender reads SIDs of one length; take a tokenizer of fixed length"
+            f"item {row['item_id']} has the codes {row['codes']}, not {len(table.codebook_sizes)} of them: SIDs of "
+            "unequal length need one codebook that all levels share; take a tokenizer of kind dvae"
         )
-    codes_NL = torch.from_numpy(table.codes["codes"].explode().cast(pl.Int64).to_numpy().copy())
-    suffix_N = torch.from_numpy(table.codes["suffix"].cast(pl.Int64).to_numpy().copy())
-    steps_NS = torch.cat([codes_NL.view(-1, space.num_levels), suffix_N[:, None]], dim=1)
-    return steps_NS + torch.tensor(space.starts)
+    return SymbolSpace(tuple(table.codebook_sizes), table.suffix_size, table.shared, shortest)
+
+
+def table_symbols(table: SidTable) -> Tensor:
+    """Return the symbols (N, S) long of every item's SID: its codes, its suffix, then -1 up to the longest."""
+    space = space_of(table)
+    frame = table.codes.with_columns(
+        symbols=pl.concat_list(
+            pl.col("codes").cast(pl.List(pl.Int64)), pl.col("suffix").cast(pl.Int64) + space.num_codes
+        )
+    )
+    lengths_N = torch.from_numpy(frame["symbols"].list.len().to_numpy().astype("int64"))
+    at_NS = torch.arange(space.num_steps)
+    symbols_NS = torch.full((len(frame), space.num_steps), -1)
+    symbols_NS[at_NS < lengths_N[:, None]] = torch.from_numpy(frame["symbols"].explode().to_numpy().copy())
+    code = at_NS < lengths_N[:, None] - 1
+    return symbols_NS + code * torch.tensor(space.starts)
+
+
+def symbol_counts(symbols_NS: Tensor) -> Tensor:
+    """Return how many symbols each SID (N, S) has, its suffix included: (N,) long."""
+    return (symbols_NS >= 0).sum(dim=1)

@@ -15,15 +15,18 @@ from components.artifacts import (
     TokenizerCheckpoint,
 )
 from components.config import Config
+from components.data.splits import count_events
 from components.exploration import ExplorationConfig, GumbelConfig, SdudConfig, SdudFrqudConfig
 from components.folders import ArtifactError, Provenance
 from components.metrics.sids import COLLAPSED_AT, CollapseError
 from components.recommenders.build import build_recommender, check_paths
-from components.recommenders.popularity import count_events
 from components.seams import SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
-from components.tokenizers.sids import AssignmentRule, OverfullBucket
+from components.tokenizers.dvae import Dvae
+from components.tokenizers.rkmeans import RkMeans
+from components.tokenizers.rqvae import RqVae
+from components.tokenizers.sids import AssignmentRule, OverfullBucket, symbol_counts
 from components.tokenizers.sources import LiveSids, Paths
 from components.tokenizers.suffix_cost import Occupancy, occupancy, suffix_cost
 from components.tokenizers.trie import build_trie
@@ -38,6 +41,10 @@ from components.training.recommender import (
     steps_an_epoch,
 )
 
+NO_JOINT_DVAE = (
+    "joint training moves the codewords of residual quantisation, which a dvae does not have: take "
+    "tokenizer.model.kind rqvae or rkmeans, or train the dvae alone in the two_stage workflow"
+)
 STRAY = 0.01
 """Share of items whose codes may differ from the rule's at the start: ties fall otherwise on other machines."""
 
@@ -226,7 +233,8 @@ def train_jointly(
         )
     stage, joint = config.recommender, config.joint
     device = device_of(stage.device)
-    module = load_tokenizer(tokenizer)  # before seeding: the recommender then starts as in the two-stage run
+    # Before seeding: the recommender then starts as in the two-stage run.
+    module = residual_tokenizer(tokenizer)
     generator = seed_everything(stage.seed)
     live = LiveSids(
         module,
@@ -258,9 +266,9 @@ def train_jointly(
             *sigma_group(live.exploration, joint.exploration),
         ]
     )
-    history = stage.model.max_history
-    batches_of = epoch_batches(recommender, split.train, history, stage.batch_size, generator)
-    steps = stage.loop.epochs * steps_an_epoch(recommender, split.train, history, stage.batch_size)
+    counts = symbol_counts(live.symbols)
+    batches_of = epoch_batches(recommender, split.train, counts, stage, generator)
+    steps = stage.loop.epochs * steps_an_epoch(recommender, split.train, counts, stage)
     validator = Validator(split.valid, stage.validation, stage.seed)
     names = step_names(live.space.num_levels)
     first, moved = live.codes.clone(), torch.zeros(len(live.codes))
@@ -383,6 +391,20 @@ def train_jointly(
         ),
         result.halted and result.halted[1],
     )
+
+
+def residual_tokenizer(checkpoint: TokenizerCheckpoint) -> RqVae | RkMeans:
+    """Load a tokenizer whose codes are codewords near a residual, which is what moves here.
+
+    Raises
+    ------
+    ValueError
+        It is a dvae.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    if isinstance(tokenizer, Dvae):
+        raise ValueError(NO_JOINT_DVAE)
+    return tokenizer
 
 
 def sigma_group(noise: nn.Module, config: ExplorationConfig) -> list[dict[str, Any]]:

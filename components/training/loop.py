@@ -64,6 +64,11 @@ def device_of(choice: Device) -> torch.device:
     return torch.device(choice)
 
 
+def constant(optimizer: Optimizer, warmup: int) -> LambdaLR:
+    """Warm up linearly over ``warmup`` steps, then stay."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
+
+
 def cosine(optimizer: Optimizer, warmup: int, total: int) -> LambdaLR:
     """Warm up linearly over ``warmup`` steps, then fall along a cosine to 0 at step ``total``."""
 

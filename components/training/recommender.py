@@ -10,9 +10,12 @@ from torch import Tensor
 from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable
 from components.config import Config
 from components.data.batches import (
+    Ints,
     Rows,
+    cut_batches,
     held_out_rows,
     prefix_rows,
+    row_symbols,
     training_batches,
     window_rows,
 )
@@ -21,9 +24,10 @@ from components.metrics.ranking import contributions, ranks_in_lists
 from components.recommenders.build import RecommenderConfig, build_recommender
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.decoding import rank_rows
-from components.recommenders.tiger import Tiger
+from components.recommenders.tiger import Tiger, TigerConfig
 from components.seams import Recommender, SequenceBatch
 from components.seeding import seed_everything
+from components.tokenizers.sids import symbol_counts
 from components.tokenizers.sources import FrozenSids
 from components.tokenizers.trie import PrefixTrie, build_trie
 from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
@@ -60,6 +64,9 @@ class RecommenderStage(Config):
     """Length of training."""
     batch_size: int = Field(64, ge=1)
     """Histories a step."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Symbols a step: histories are packed until they have about so many, instead of ``batch_size`` histories; null:
+    ``batch_size`` histories."""
     optim: OptimConfig = OptimConfig()
     """Optimiser of the recommender."""
     validation: ValidationConfig = ValidationConfig()
@@ -73,27 +80,58 @@ class RecommenderStage(Config):
 def epoch_batches(
     recommender: Causal | Tiger,
     train: pl.DataFrame,
-    max_history: int,
-    batch_size: int,
+    counts_N: Tensor,
+    stage: RecommenderStage,
     generator: torch.Generator,
 ) -> Callable[[int], Iterator[SequenceBatch]]:
-    """Return the batches of an epoch, in the form that the recommender learns from."""
-    if recommender.positions == "last":
-        prefixes = prefix_rows(train, max_history)
-        return lambda epoch: training_batches(prefixes, batch_size, generator)
-    return lambda epoch: training_batches(window_rows(train, max_history, generator), batch_size, generator)
+    """Return the batches of an epoch, in the form that the recommender learns from.
+
+    Parameters
+    ----------
+    recommender : Causal or Tiger
+        Says whether every position of a row is a target or its last alone, and how much it reads.
+    train : DataFrame
+        Training sequences.
+    counts_N : Tensor
+        (N,) long, symbols of each item.
+    stage : RecommenderStage
+        Size of a batch.
+    generator : torch.Generator
+        Draws cuts and order.
+    """
+    counts = counts_N.cpu().numpy()
+    rows_of = _rows_of(recommender, train, counts)
+
+    def batches(epoch: int) -> Iterator[SequenceBatch]:
+        rows = rows_of(generator)
+        return training_batches(
+            rows, stage.batch_size, generator, row_symbols(rows, counts), stage.batch_tokens
+        )
+
+    return batches
 
 
 def steps_an_epoch(
-    recommender: Causal | Tiger, train: pl.DataFrame, max_history: int, batch_size: int
+    recommender: Causal | Tiger, train: pl.DataFrame, counts_N: Tensor, stage: RecommenderStage
 ) -> int:
     """Count the batches of an epoch; windows are cut at random, so this is the count of one draw."""
-    rows = (
-        prefix_rows(train, max_history)
-        if recommender.positions == "last"
-        else window_rows(train, max_history, torch.Generator().manual_seed(0))
-    )
-    return -(-len(rows.start) // batch_size)
+    counts, generator = counts_N.cpu().numpy(), torch.Generator().manual_seed(0)
+    rows = _rows_of(recommender, train, counts)(generator)
+    return len(cut_batches(rows, stage.batch_size, generator, row_symbols(rows, counts), stage.batch_tokens))
+
+
+def _rows_of(
+    recommender: Causal | Tiger, train: pl.DataFrame, counts: Ints
+) -> Callable[[torch.Generator], Rows]:
+    """Return how the rows of an epoch are made; prefixes are the same in each."""
+    config = recommender.config
+    match config:
+        case TigerConfig():
+            prefixes = prefix_rows(train, config.max_history)
+            return lambda generator: prefixes
+        case CausalConfig():
+            history, tokens = config.max_history, config.max_tokens
+            return lambda generator: window_rows(train, history, generator, counts, tokens)
 
 
 class Validator:
@@ -160,8 +198,8 @@ def train_recommender(
     optimizer = torch.optim.AdamW(
         recommender.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
     )
-    history = config.model.max_history
-    steps = config.loop.epochs * steps_an_epoch(recommender, split.train, history, config.batch_size)
+    counts = symbol_counts(source.symbols)
+    steps = config.loop.epochs * steps_an_epoch(recommender, split.train, counts, config)
     validator = Validator(split.valid, config.validation, config.seed)
     names = step_names(source.space.num_levels)
     trie = build_trie(source.symbols)
@@ -175,7 +213,7 @@ def train_recommender(
         {"recommender": recommender},
         optimizer,
         cosine(optimizer, config.optim.warmup_steps, steps),
-        epoch_batches(recommender, split.train, history, config.batch_size, generator),
+        epoch_batches(recommender, split.train, counts, config, generator),
         step,
         lambda epoch: validator(recommender, source.symbols, trie),
         config.loop,

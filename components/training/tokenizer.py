@@ -7,14 +7,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import ContentEmbeddings, TokenizerCheckpoint
+from components.artifacts import ContentEmbeddings, SequenceSplit, TokenizerCheckpoint
 from components.config import Config
+from components.data.splits import training_counts
 from components.folders import Provenance
 from components.seeding import seed_everything
-from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkpoint_of
+from components.tokenizers.build import TokenizerConfig, checkpoint_of
+from components.tokenizers.dvae import Dvae, DvaeConfig
 from components.tokenizers.quantize import reconstruct
-from components.tokenizers.rkmeans import RkMeans
+from components.tokenizers.rkmeans import RkMeans, RkMeansConfig
 from components.tokenizers.rqvae import RqVae, RqVaeConfig
+from components.training.dvae import describe_names, train_dvae
 from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
 
 NOT_ELIGIBLE = 100.0
@@ -29,17 +32,19 @@ class TokenizerStage(Config):
     loop: LoopConfig = LoopConfig(epochs=100, validate_every=5)
     """How long to train, and how often the whole catalogue is tokenized to compare epochs."""
     batch_size: int = Field(256, ge=1)
-    """Items a step."""
+    """Items a step; for dvae, draws."""
     lr: float = Field(3e-3, gt=0)
-    """Peak learning rate of AdamW; falls along a cosine to 0."""
+    """Peak learning rate of AdamW; falls along a cosine to 0, but stays there for dvae."""
     warmup_steps: int = Field(20, ge=0)
     """Steps over which the learning rate rises."""
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of AdamW."""
     keep: Literal["collision_rate", "reconstruction"] = "collision_rate"
-    """Of the validated epochs that are eligible, the one with the lowest such figure is kept."""
+    """Only for rqvae: of the eligible validated epochs, the one with the lowest such figure is kept; dvae keeps the
+    last."""
     keep_from: float = Field(0.5, gt=0, le=1)
-    """Share of the epochs before one is eligible: codes of a raw encoder collide least, and say least."""
+    """Only for rqvae: share of the epochs before one is eligible; codes of a raw encoder collide least, and say
+    least."""
     device: Device = "auto"
     """Where to train; ``auto`` takes a GPU if there is one."""
     seed: int = 0
@@ -52,8 +57,9 @@ def train_tokenizer(
     log: Log = lambda step, values: None,
     save: Callable[[State], None] = lambda state: None,
     resume: State | None = None,
+    split: SequenceSplit | None = None,
 ) -> TokenizerCheckpoint:
-    """Fit codebooks, and for ``rqvae`` encoder and decoder, to content vectors.
+    """Fit codebooks, and where the tokenizer has them encoder and decoder, to content vectors.
 
     Parameters
     ----------
@@ -65,35 +71,58 @@ def train_tokenizer(
         Receives a step and named figures.
     save, resume
         A resumable state after every validation, and one to go on from; only gradient descent has any.
+    split : SequenceSplit, optional
+        Its training events say how popular items are, for tokenizers that weigh items by interactions.
 
     Returns
     -------
     TokenizerCheckpoint
-        Its latents have root mean square 1 over these items. ``metrics`` holds ``reconstruction`` (mean
-        squared error where the target has mean square 1: the scaled content vector), ``collision_rate``
-        (share of items whose codes another item has too), ``largest_bucket``, and ``codes_in_use/l`` and
-        ``perplexity/l`` for each level l from 1.
+        Those of ``rqvae`` and ``rkmeans`` have latents of root mean square 1 over these items, and their
+        ``metrics`` hold ``reconstruction`` (mean squared error where the target has mean square 1: the scaled content
+        vector), ``collision_rate`` (share of items whose codes another item has too), ``largest_bucket``, and
+        ``codes_in_use/l`` and ``perplexity/l`` for each level l from 1; for ``dvae`` see
+        ``training.dvae.describe_names``.
 
     Raises
     ------
     ValueError
-        Fewer items than codes of a level, all-zero vectors, or collapsed latents.
+        Fewer items than codes of a level, all-zero vectors, or collapsed latents; a tokenizer that weighs items by
+        interactions got no split, or the price rule finds no price above 0.
+    ArtifactError
+        Embeddings and split are of different catalogues.
     FloatingPointError
         The loss is no longer finite.
     """
     generator = seed_everything(config.seed)
     device = device_of(config.device)
     x_ND = embeddings.matrix.to(device)
-    tokenizer = build_tokenizer(config.model, x_ND.shape[1])
+    counts_N = torch.ones(len(x_ND), device=device)
+    by_interactions = (
+        getattr(config.model, "sampling", getattr(config.model, "weights", "")) == "interactions"
+    )
+    if by_interactions or split is not None:
+        setting = f"tokenizer.model of kind {config.model.kind}, which counts items by interactions,"
+        counts_N = torch.from_numpy(training_counts(split, len(x_ND), setting)).float().to(device)
     steps = 0
-    match tokenizer:
-        case RkMeans():
-            tokenizer.to(device).fit(x_ND, config.seed)
-        case RqVae():
-            tokenizer.draw_weights(generator)
-            steps = _descend(tokenizer.to(device), x_ND, config, generator, log, save, resume)
-            tokenizer.fold_scale(x_ND)
-    metrics = describe_fit(tokenizer.eval(), x_ND)
+    tokenizer: RkMeans | RqVae | Dvae
+    match config.model:
+        case RkMeansConfig():
+            kmeans = tokenizer = RkMeans(config.model, x_ND.shape[1]).to(device)
+            kmeans.fit(x_ND, config.seed, counts_N if by_interactions else None)
+            metrics = describe_fit(kmeans.eval(), x_ND)
+        case RqVaeConfig():
+            rqvae = tokenizer = RqVae(config.model, x_ND.shape[1])
+            rqvae.draw_weights(generator)
+            steps = _descend(rqvae.to(device), x_ND, config, generator, log, save, resume)
+            rqvae.fold_scale(x_ND)
+            metrics = describe_fit(rqvae.eval(), x_ND)
+        case DvaeConfig():
+            dvae, steps = train_dvae(config.model, x_ND, counts_N, config, generator, log, save, resume)
+            tokenizer = dvae.eval()
+            metrics = describe_names(dvae, dvae.names(x_ND), counts_N)
+    parents = {"ContentEmbeddings": embeddings.fingerprint}
+    if split is not None:
+        parents["SequenceSplit"] = split.fingerprint
     log(steps, metrics)
     return checkpoint_of(
         tokenizer,
@@ -102,7 +131,7 @@ def train_tokenizer(
         metrics=metrics,
         provenance=Provenance(
             config=config.model_dump(mode="json"),
-            parents={"ContentEmbeddings": embeddings.fingerprint},
+            parents=parents,
             seed=config.seed,
         ),
     )

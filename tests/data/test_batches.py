@@ -4,17 +4,21 @@ from collections import Counter
 
 import numpy as np
 import polars as pl
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.artifacts import HELD_OUT, SEQUENCE
 from components.data.batches import (
+    Ints,
     Rows,
+    cut_batches,
     held_out_rows,
     pad,
     prefix_rows,
     ranking_batches,
+    row_symbols,
     training_batches,
     window_rows,
 )
@@ -71,6 +75,73 @@ def test_windows_predict_every_event_after_the_first_exactly_once(
         # Events are numbered in order, so a contiguous window that ends before its target counts up to it.
         assert [*history, target] == list(range(history[0], target + 1))
         assert user[history[0]] == user[target]
+
+
+def closed_form_windows(train: pl.DataFrame, max_history: int, generator: torch.Generator) -> Rows:
+    """Windows of ``max_history + 1`` items by arithmetic alone, as they are where nothing but items counts."""
+    lengths = train["sequence"].list.len().to_numpy().astype(np.int64)
+    values, offsets = train["sequence"].explode().to_numpy().astype(np.int64), np.cumsum(lengths) - lengths
+    begin, last = offsets[lengths > 1], lengths[lengths > 1] - 1
+    drawn = torch.randint(1, max_history + 1, (len(begin),), generator=generator).numpy()
+    cut = np.where(last <= max_history, last, drawn)
+    windows = 1 - (cut - last) // max_history
+    index = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
+    begin, last, cut = (np.repeat(a, windows) for a in (begin, last, cut))
+    start = begin + np.where(index == 0, 0, cut + (index - 1) * max_history)
+    end = begin + np.minimum(cut + index * max_history, last)
+    return Rows(values, start, end, values[end])
+
+
+@given(lengths, caps, st.integers(0, 100), st.booleans())
+@laws
+def test_windows_without_a_budget_are_cut_by_items_alone(
+    counts: list[int], cap: int, seed: int, ample: bool
+) -> None:
+    """Rows and draws equal the closed form to the bit, also where symbols are counted and never run out."""
+    frame, _ = train(counts)
+    drawn, expected = generator(seed), generator(seed)
+    symbols = np.random.default_rng(seed).integers(1, 6, size=sum(counts))
+    found = window_rows(frame, cap, drawn, symbols, 5 * cap if ample else None)
+    for one, other in zip(found, closed_form_windows(frame, cap, expected), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+    assert torch.equal(drawn.get_state(), expected.get_state())
+
+
+@given(lengths, st.integers(1, 20), st.integers(4, 14), st.integers(0, 100))
+@laws
+def test_windows_under_a_budget_predict_every_event_once_and_read_no_more_than_it_allows(
+    events: list[int], cap: int, budget: int, seed: int
+) -> None:
+    frame, sequences = train(events)
+    counts = np.random.default_rng(seed).integers(2, 5, size=sum(events))
+    windows = read(window_rows(frame, cap, generator(seed), counts, budget))
+    predicted = Counter(event for history, target in windows for event in [*history[1:], target])
+    assert predicted == Counter(event for s in sequences for event in s[1:])
+    user = {event: number for number, s in enumerate(sequences) for event in s}
+    for history, target in windows:
+        assert [*history, target] == list(range(history[0], target + 1)) and user[history[0]] == user[target]
+        assert len(history) <= cap and counts[history].sum() <= budget
+    # A window that follows another and is followed by one could not have read its target too.
+    for (_, before), (history, target), (after, _) in zip(windows, windows[1:], windows[2:], strict=False):
+        if before == history[0] and target == after[0]:
+            assert len(history) == cap or counts[[*history, target]].sum() > budget
+
+
+def test_a_sequence_that_fits_the_budget_is_one_window_and_the_cuts_of_others_move() -> None:
+    frame, sequences = train([4, 30])
+    counts = np.full(34, 3)
+    cuts = set()
+    for seed in range(60):
+        whole, first, *_ = read(window_rows(frame, 20, generator(seed), counts, 12))
+        assert whole == (sequences[0][:-1], sequences[0][-1])
+        cuts.add(len(first[0]))
+    assert cuts == {1, 2, 3, 4}
+
+
+def test_an_item_that_no_window_can_hold_is_refused() -> None:
+    frame, _ = train([3, 3])
+    with pytest.raises(ValueError, match="item 4 has 6 symbols, max_tokens is 5"):
+        window_rows(frame, 20, generator(), np.array([2, 3, 5, 2, 6, 2]), 5)
 
 
 def test_window_cuts_move_with_the_generator_and_repeat_with_the_seed() -> None:
@@ -163,6 +234,70 @@ def test_training_batches_are_a_shuffle_of_all_rows(
     key = Counter((tuple(history), target) for batch in batches for history, target in batch)
     assert key == Counter((tuple(history), target) for history, target in expected)
     assert batches == [contents(batch) for batch in training_batches(rows, size, generator(seed))]
+
+
+def sorted_runs(rows: Rows, batch_size: int, generator: torch.Generator) -> list[SequenceBatch]:
+    """Batches of ``batch_size`` rows from shuffled runs of 32, sorted by items, in random order."""
+    order = torch.randperm(len(rows.start), generator=generator).numpy()
+    runs = [order[at : at + 32 * batch_size] for at in range(0, len(order), 32 * batch_size)]
+    order = np.concatenate([run[np.argsort((rows.end - rows.start)[run], kind="stable")] for run in runs])
+    count = -(-len(order) // batch_size)
+    return [
+        pad(rows, order[at * batch_size : (at + 1) * batch_size])
+        for at in torch.randperm(count, generator=generator).tolist()
+    ]
+
+
+@pytest.mark.parametrize("counts", [None, np.full(4000, 4)], ids=["items", "one length"])
+def test_batches_of_so_many_rows_are_cut_from_runs_sorted_by_items(counts: Ints | None) -> None:
+    """To the bit, and so they are where all items have as many symbols."""
+    frame, _ = train(np.random.default_rng(0).integers(2, 12, size=500).tolist())
+    rows = window_rows(frame, 6, generator())
+    cost = None if counts is None else row_symbols(rows, counts)
+    found = list(training_batches(rows, 5, generator(3), cost))
+    for one, other in zip(found, sorted_runs(rows, 5, generator(3)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@given(ragged())
+@laws
+def test_a_row_costs_the_symbols_of_its_items_and_its_target(
+    drawn: tuple[Rows, list[tuple[list[int], int]]],
+) -> None:
+    rows, expected = drawn
+    counts = np.array([2, 5, 3, 4, 2, 2, 6, 3, 5, 4])
+    costs = [sum(counts[item] for item in [*history, target]) for history, target in expected]
+    assert row_symbols(rows, counts).tolist() == costs
+
+
+@given(ragged(), st.integers(1, 40), st.integers(0, 100))
+@laws
+def test_packed_batches_hold_every_row_once_and_no_more_than_the_budget(
+    drawn: tuple[Rows, list[tuple[list[int], int]]], budget: int, seed: int
+) -> None:
+    rows, expected = drawn
+    cost = row_symbols(rows, np.array([2, 5, 3, 4, 2, 2, 6, 3, 5, 4]))
+    batches = cut_batches(rows, 1, generator(seed), cost, budget)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(expected)))
+    assert all(cost[batch].sum() <= budget or len(batch) == 1 for batch in batches)
+    yielded = Counter(
+        tuple(contents(batch)[0][0]) for batch in training_batches(rows, 1, generator(seed), cost, budget)
+    )
+    assert yielded == Counter(tuple(expected[batch[0]][0]) for batch in batches)
+
+
+def test_packed_batches_are_full_but_for_the_ends_of_runs() -> None:
+    """About 33 batches a run: 32 would be full to the last symbol, and what is left over is one more."""
+    frame, _ = train(np.random.default_rng(0).integers(2, 40, size=3000).tolist())
+    rows = window_rows(frame, 40, generator())
+    cost = row_symbols(rows, np.random.default_rng(1).integers(2, 6, size=len(rows.values)))
+    batches = cut_batches(rows, 1, generator(), cost, 600)
+    filled = np.array([cost[batch].sum() for batch in batches]) / 600
+    assert np.median(filled) > 0.9
+    assert len(batches) <= 1.1 * cost.sum() / 600
+    # What starts a batch would not have fitted into the one before, unless a run ended there.
+    opened = np.array([cost[batch[0]] for batch in batches[1:]]) + 600 * filled[:-1] > 600
+    assert (~opened).sum() <= cost.sum() / (32 * 600) + 1
 
 
 def test_training_batches_waste_little_padding_and_still_mix() -> None:

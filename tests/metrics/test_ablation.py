@@ -5,11 +5,13 @@ from io import StringIO
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from rich.console import Console
 
 from components.artifacts import Ablation, CollisionReport, EvaluationReport, RecommenderCheckpoint, SidTable
 from components.folders import ArtifactError
 from components.metrics.ablation import (
+    KNOWN_FIGURES,
     Measured,
     ablate,
     chance_adoption,
@@ -50,13 +52,13 @@ def _report(name: str, value: float, *, split: str = "split", users: int = 6, bl
     )
 
 
-def _codes(codes: list[tuple[int, int]]) -> CollisionReport:
+def _codes(codes: list[tuple[int, ...]], **known) -> CollisionReport:
     frame = pl.DataFrame(
         {"item_id": range(len(codes)), "codes": [list(c) for c in codes], "suffix": range(len(codes))},
         schema=SidTable.SCHEMAS["codes"],
     )
     table = SidTable(codes=frame, codebook_sizes=[4, 4], suffix_size=len(codes), shared=False, tokenizer="")
-    return analyze(table, None, CollisionConfig())
+    return analyze(table, None, CollisionConfig(), **known)
 
 
 EVEN = _codes([(i, j) for i in range(4) for j in range(4)])
@@ -196,7 +198,7 @@ def test_codes_and_the_epoch_of_a_collapse_stand_beside_the_values() -> None:
     result = ablate(measured)
     assert result.items == 16
     assert result.codes.filter(arm="plain", seed=0)["perplexity"].to_list() == pytest.approx([4.0, 4.0])
-    assert result.tables.filter(arm="new").drop("arm").rows() == [
+    assert result.tables.filter(arm="new").drop("arm", *KNOWN_FIGURES).rows() == [
         (0, 1, 1.0, 16, "collapsed", None),
         (1, 1, 1.0, 16, "collapsed", 5),
     ]
@@ -226,6 +228,69 @@ def test_codebooks_of_different_sizes_and_depths_share_a_table() -> None:
     grid = grids(result)[1]
     assert grid.columns[1:3] == ["level 1", "level 2 of 4"]
     assert [row[1:3] for row in grid.rows] == [["4.0 of 4", "4.0"], ["4.0 of 8", ""]]
+
+
+def _described(codes: list[tuple[int, ...]], error: float) -> CollisionReport:
+    """Codes of two levels, item 0 met five times and the others once, all errors the same or half of it."""
+    lengths = np.array([[len(code)] for code in codes])
+    errors = np.where(np.arange(2) < lengths, [error, error / 2], np.nan)
+    users = pl.Series([[0] * 5, list(range(1, len(codes)))], dtype=pl.List(pl.UInt32))
+    events = torch.tensor([5] + [1] * (len(codes) - 1))
+    return _codes(codes, events=events, errors=torch.from_numpy(errors), sequences=users)
+
+
+SQUARE = [(i, j) for i in range(4) for j in range(4)]
+SHORT = [(0,), *SQUARE[1:]]
+"""The most popular item has one code."""
+
+
+def test_lengths_and_reconstruction_stand_beside_the_codes_of_each_arm() -> None:
+    result = ablate(
+        [
+            *_arm("plain", [0.1, 0.2], None, codes=_described(SQUARE, 0.5)),
+            *_arm("short", [0.1, 0.2], codes=_described(SHORT, 0.25)),
+        ]
+    )
+    # Items: (15 * 2 + 1) / 16. Interactions: (15 * 2 + 5 * 1) / 20. Symbols: 5 * 2 and 15 * 3, over two users.
+    # A budget of 80 symbols holds all: (5 + 15) / 2. Errors .25 for the short item, .125 for the 15 others.
+    row = result.tables.filter(arm="short", seed=1).select(KNOWN_FIGURES).row(0)
+    assert row == pytest.approx((31 / 16, 35 / 20, 55 / 2, 10, (15 * 0.125 + 0.25) / 16, 3.125 / 20))
+    grid = grids(result)[-1]
+    assert grid.title == "Lengths and reconstruction"
+    assert grid.columns == [
+        "arm",
+        "codes item / draw",
+        "tokens per history",
+        "events in budget",
+        "D item / draw",
+    ]
+    assert grid.rows == [
+        ["plain", "2.00 / 2.00", "30.0", "10.0", ".250 / .250"],
+        ["short", "1.94 / 1.75", "27.5", "10.0", ".133 / .156"],
+    ]
+    assert all(f"{word}: " in grid.caption for word in ("item", "draw", "codes", "events in budget", "D"))
+
+
+def test_where_all_sids_are_of_one_length_only_reconstruction_is_added_and_only_if_known() -> None:
+    plain = _arm("plain", [0.1], None)
+    assert [grid.title for grid in grids(ablate(plain))][1:] == ["Semantic IDs"]
+    known = ablate([*plain, *_arm("told", [0.1], codes=_described(SQUARE, 0.5))])
+    grid = grids(known)[-1]
+    assert (grid.title, grid.columns) == ("Reconstruction", ["arm", "D item / draw"])
+    assert grid.rows == [["plain", "– / –"], ["told", ".250 / .250"]]
+    assert grids(known)[1].columns == grids(ablate(plain))[1].columns
+
+
+def test_the_table_of_lengths_fits_a_terminal_too() -> None:
+    name = "an arm with a long name 1"
+    result = ablate([*_arm("plain", [0.1], None), *_arm(name, [0.1], codes=_described(SHORT, 0.5))])
+    console = Console(file=StringIO(), width=120, highlight=False)
+    for view in tables(result):
+        console.print(view)
+    page = console.file.getvalue()
+    assert max(map(len, page.splitlines())) <= 120 and "…" not in page
+    for text in (page, markdown_table(result), html_table(result)):
+        assert "1.94 / 1.75" in text and "2.00 / –" in text
 
 
 def test_arms_that_do_not_compare_are_refused() -> None:

@@ -93,6 +93,7 @@ def test_levels_equal_loops(codes: list[tuple[int, ...]]) -> None:
         usage = report.usage.filter(pl.col("level") == level)
         assert usage["count"].to_list() == [counts[c] for c in range(SIZES[level - 1])]
         assert row["codebook_size"] == SIZES[level - 1] and row["codes_in_use"] == len(counts)
+        assert row["items"] == len(here)
         if not here:
             assert row["perplexity"] == row["perplexity_in_prefix"] == row["prefixes"] == 0
             continue
@@ -126,6 +127,70 @@ def test_cosines_and_traffic_equal_loops(codes: list[tuple[int, ...]], seed: int
         assert report.figures["cosine_in_groups"] == pytest.approx(np.mean(together), abs=1e-5)
         everything = np.mean([unit[i] @ unit[j] for i, j in pairs])
         assert report.figures["cosine_of_all_pairs"] == pytest.approx(everything, abs=1e-5)
+
+
+def _errors(codes: list[tuple[int, ...]], seed: int) -> np.ndarray:
+    """Errors in [0, 4] where there is a code, NaN beyond."""
+    errors = np.random.default_rng(seed).uniform(0, 4, (len(codes), len(SIZES)))
+    there = np.arange(len(SIZES)) < np.array([len(code) for code in codes])[:, None]
+    return np.where(there, errors, np.nan)
+
+
+@settings(max_examples=30, deadline=None)
+@given(CODES, st.integers(0, 99))
+def test_reconstruction_equals_loops_by_item_and_by_interaction(
+    codes: list[tuple[int, ...]], seed: int
+) -> None:
+    errors, events = _errors(codes, seed), np.random.default_rng(seed).integers(0, 5, len(codes))
+    events[0] += 1
+    report = analyze(
+        _table(codes), None, CONFIG, events=torch.from_numpy(events), errors=torch.from_numpy(errors)
+    )
+    last = [errors[item, len(code) - 1] for item, code in enumerate(codes)]
+    assert report.figures["reconstruction"] == pytest.approx(np.mean(last))
+    assert report.figures["reconstruction_draw"] == pytest.approx(np.average(last, weights=events))
+    for row in report.levels.iter_rows(named=True):
+        here = [item for item, code in enumerate(codes) if len(code) >= row["level"]]
+        there = errors[here, row["level"] - 1]
+        assert row["reconstruction"] == (pytest.approx(there.mean()) if here else None)
+        met = events[here].sum() > 0
+        assert row["reconstruction_draw"] == (
+            pytest.approx(np.average(there, weights=events[here])) if met else None
+        )
+
+
+def test_reconstruction_by_interaction_is_null_where_interactions_are_not_known() -> None:
+    codes = [(0,), (1, 2)]
+    report = analyze(_table(codes), None, CONFIG, errors=torch.from_numpy(_errors(codes, 0)))
+    assert "reconstruction" in report.figures and "reconstruction_draw" not in report.figures
+    assert report.levels["reconstruction"].is_not_null().to_list() == [True, True, False]
+    assert report.levels["reconstruction_draw"].is_null().all()
+
+
+def test_words_say_how_much_the_codes_keep_and_of_whom() -> None:
+    errors = torch.tensor([[0.4, 0.2, 0.1], [0.4, 0.3, 0.3]])
+    table = _table([(0, 1, 2), (1, 2, 3)])
+    words = analyze(table, None, CONFIG, errors=errors).bands["reconstruction"]
+    assert words.startswith("items lie 0.200 (mean cosine 0.90) from what all their codes decode to")
+    for events, than in (([9, 1], "better than"), ([1, 9], "worse than"), ([1, 1], "as well as")):
+        said = analyze(table, None, CONFIG, errors=errors, events=torch.tensor(events)).bands[
+            "reconstruction"
+        ]
+        assert said.endswith(f"codes keep popular items {than} others")
+
+
+def test_errors_that_do_not_belong_to_the_table_are_refused() -> None:
+    codes = [(0,), (1, 2), (0, 1, 2)]
+    right = torch.from_numpy(_errors(codes, 0))
+    for item, level, value in ((1, 1, np.nan), (0, 1, 0.5), (2, 0, 4.1), (2, 2, -0.1), (2, 1, np.inf)):
+        wrong = right.clone()
+        wrong[item, level] = value
+        with pytest.raises(ValueError, match=f"item {item} has .* at level {level + 1} and {item + 1} codes"):
+            analyze(_table(codes), None, CONFIG, errors=wrong)
+    with pytest.raises(ValueError, match=r"errors are \(3, 2\), the codes \(3, 3\)"):
+        analyze(_table(codes), None, CONFIG, errors=right[:, :2])
+    with pytest.raises(ValueError, match="SidTable has 3 items, errors 2"):
+        analyze(_table(codes), None, CONFIG, errors=right[:2])
 
 
 def _spread(count: int, sizes: list[int]) -> list[tuple[int, ...]]:
@@ -194,7 +259,7 @@ def test_one_code_of_a_small_codebook_is_collapse_too() -> None:
     codes = [(0, b) for _, b in _spread(100, [4, 64])]
     report = analyze(_table(codes, [4, 64]), None, CollisionConfig(max_collision_rate=1, max_group_share=1))
     assert report.verdict == "collapsed"
-    assert evenness(report.levels, report.usage)[0] == 0
+    assert evenness(report.levels)[0] == 0
 
 
 def test_between_the_thresholds_the_verdict_is_watch() -> None:
@@ -207,9 +272,73 @@ def test_between_the_thresholds_the_verdict_is_watch() -> None:
 def test_a_level_that_nobody_reaches_is_no_collapse() -> None:
     codes = [(a,) for (a,) in _spread(12, [16])]
     report = analyze(_table(codes, [16, 16]), None, CollisionConfig(max_collision_rate=1))
-    assert evenness(report.levels, report.usage).to_list()[1] is None
+    assert evenness(report.levels).to_list()[1] is None
     assert "fewer than two items reach it" in report.bands["level_2"]
     assert report.verdict != "collapsed"
+
+
+def _with_deep_items(count: int, same: int, codes: int = 64) -> CollisionReport:
+    """``count`` items of two codes, of which the first ``same`` go one level deeper, all with the same code."""
+    codes_of = [(a, b, 3) if i < same else (a, b) for i, (a, b) in enumerate(_spread(count, [codes] * 2))]
+    return analyze(_table(codes_of, [codes] * 3), None, CollisionConfig(max_collision_rate=1))
+
+
+@pytest.mark.parametrize(
+    ("same", "verdict"),
+    [(1, "healthy"), (3, "healthy"), (4, "healthy"), (5, "watch"), (24, "watch"), (25, "collapsed")],
+)
+def test_a_level_that_few_items_reach_is_no_collapse_and_of_more_than_four_worth_a_look(
+    same: int, verdict: str
+) -> None:
+    """A twentieth of 500 items is 25."""
+    report = _with_deep_items(500, same)
+    assert report.verdict == verdict
+    if verdict == "collapsed":
+        with pytest.raises(CollapseError, match="level 3: .*100% of its 25 items have one code"):
+            gate(report, CONFIG)
+    else:
+        gate(report, CollisionConfig(max_collision_rate=1))
+
+
+def test_two_of_a_small_catalogue_are_no_collapse_though_they_are_a_tenth_of_it() -> None:
+    assert _with_deep_items(20, 2).verdict == "healthy"
+
+
+def test_a_level_that_all_reach_counts_in_a_catalogue_of_any_size() -> None:
+    report = analyze(_table([(0, 0), (0, 1), (0, 2)]), None, CONFIG)
+    with pytest.raises(CollapseError, match="level 1"):
+        gate(report, CONFIG)
+
+
+def _short_and_long(count: int, codes: int, deepest: int) -> list[tuple[int, ...]]:
+    """Strings of 1 to ``deepest`` codes, as many of each length: short ones collide, long ones do not."""
+    return [code[: 1 + item % deepest] for item, code in enumerate(_spread(count, [codes] * deepest))]
+
+
+def test_short_sids_collide_by_design_and_that_alone_is_no_collapse() -> None:
+    """Published tables of variable length have down to .78 strings an item; one has fewer still, and is watched."""
+    usual = analyze(_table(_short_and_long(1600, 64, 4), [64] * 4), None, CONFIG)
+    assert 0.7 < usual.figures["distinct_sids"] / 1600 < 0.8
+    assert usual.verdict == "healthy"
+    crowded = analyze(_table(_short_and_long(4000, 32, 2), [32] * 2), None, CONFIG)
+    assert crowded.figures["distinct_sids"] < 0.25 * 4000 and crowded.figures["collision_rate"] > 0.8
+    assert crowded.verdict == "watch"
+    gate(crowded, CONFIG)
+
+
+def test_lengths_that_fell_to_one_code_are_collapse() -> None:
+    """All but a few items end after their first code: well spread, and yet they tell nothing apart."""
+    codes = [code[: 1 if item % 50 else 3] for item, code in enumerate(_spread(2000, [64] * 3))]
+    report = analyze(_table(codes, [64] * 3), None, CONFIG)
+    assert evenness(report.levels)[0] > 0.9
+    with pytest.raises(CollapseError, match=r"collision rate 0\.980"):
+        gate(report, CONFIG)
+
+
+def test_words_name_how_many_items_reach_a_level() -> None:
+    bands = _with_deep_items(500, 5).bands
+    assert "codes in use by the 5 items that reach it, perplexity" in bands["level_3"]
+    assert "codes in use, perplexity" in bands["level_2"]
 
 
 def test_words_stand_beside_every_figure() -> None:

@@ -6,6 +6,7 @@ from io import BytesIO
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from matplotlib import get_backend
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
@@ -18,7 +19,9 @@ from components.metrics.figures import (
     code_usage,
     collision_histogram,
     comparison_figure,
+    length_by_popularity,
     loss_curves,
+    reconstruction_by_level,
 )
 from components.metrics.sids import CollisionConfig, analyze
 
@@ -88,6 +91,78 @@ def test_a_table_without_collisions_can_be_drawn() -> None:
     assert _png(collision_histogram(report)).startswith(PNG) and _png(code_usage(report)).startswith(PNG)
 
 
+@pytest.fixture(scope="module")
+def unequal():
+    """40 items of 1 to 4 codes, the longer the rarer, with errors and interactions; level 4 is reached by ten."""
+    lengths = [1 + item // 10 for item in range(40)]
+    frame = pl.DataFrame(
+        {
+            "item_id": range(40),
+            "codes": [[item % 10] * n for item, n in enumerate(lengths)],
+            "suffix": [0] * 40,
+        },
+        schema=SidTable.SCHEMAS["codes"],
+    )
+    table = SidTable(codes=frame, codebook_sizes=[10] * 4, suffix_size=1, shared=True, tokenizer="")
+    errors = torch.tensor([[1 / m if m <= n else float("nan") for m in range(1, 5)] for n in lengths])
+    events = torch.tensor([50 - item for item in range(40)])
+    return analyze(table, None, CollisionConfig(), events=events, errors=errors)
+
+
+def test_lengths_are_drawn_as_shares_and_by_tenths_of_popularity(unequal) -> None:
+    figure = length_by_popularity(unequal)
+    left, right = figure.axes
+    items, events = ([bar.get_height() for bar in bars] for bars in left.containers[:2])
+    assert items == [0.25] * 4
+    assert events == pytest.approx((unequal.lengths["events"] / unequal.lengths["events"].sum()).to_list())
+    mean, curve = right.lines
+    assert set(mean.get_ydata()) == {unequal.figures["codes_per_item"]}
+    assert curve.get_xydata().tolist() == unequal.deciles.select("decile", "codes").to_numpy().tolist()
+    figure.draw_without_rendering()
+    first, *_, last = (label.get_text() for label in right.get_xticklabels())
+    assert (first, last) == ("1\n16%", "10\n4%")
+    assert right.get_ylim()[0] < 1 and right.get_ylim()[1] > 4
+    assert "2.50 codes an item" in figure.get_suptitle()
+    assert _png(figure).startswith(PNG)
+
+
+def test_reconstruction_is_drawn_by_item_and_by_interaction_with_who_is_left(unequal) -> None:
+    figure = reconstruction_by_level(unequal)
+    (ax,) = figure.axes
+    for line, name in zip(ax.lines, ("reconstruction", "reconstruction_draw"), strict=True):
+        assert line.get_xydata().tolist() == unequal.levels.select("level", name).to_numpy().tolist()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1\n100%", "2\n75%", "3\n50%", "4\n25%"]
+    assert ax.get_ylim()[0] == 0
+    assert _png(figure).startswith(PNG)
+
+
+def test_reconstruction_of_equal_lengths_without_interactions_has_one_curve() -> None:
+    frame = pl.DataFrame(
+        {"item_id": [0, 1], "codes": [[0, 1], [1, 0]], "suffix": [0, 0]}, schema=SidTable.SCHEMAS["codes"]
+    )
+    table = SidTable(codes=frame, codebook_sizes=[2, 2], suffix_size=1, shared=False, tokenizer="")
+    errors = torch.tensor([[0.5, 0.25], [0.5, 0.25]])
+    (ax,) = reconstruction_by_level(analyze(table, None, CollisionConfig(), errors=errors)).axes
+    (line,) = ax.lines
+    assert line.get_xydata().tolist() == [[1, 0.5], [2, 0.25]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2"]
+
+
+def test_what_the_report_does_not_know_is_not_drawn(report) -> None:
+    with pytest.raises(ValueError, match="knows no interactions"):
+        length_by_popularity(report)
+    with pytest.raises(ValueError, match="knows no reconstruction"):
+        reconstruction_by_level(report)
+
+
+def test_code_usage_names_how_many_items_reach_a_level_where_lengths_differ(report, unequal) -> None:
+    def names(figure: Figure) -> list[str]:
+        return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+    assert names(code_usage(report)) == ["level 1", "level 2"]
+    assert names(code_usage(unequal))[::3] == ["level 1", "level 4\n10 items"]
+
+
 def test_comparison_shows_every_value() -> None:
     rows = [
         (method, seen, "all", metric, value, value - 0.01, value + 0.02)
@@ -145,6 +220,7 @@ def _ablation(arms: int, seeds=(0, 1, 2), blocks=("kept",), near: float = 0.05) 
     runs += [("sasrec", "sasrec", seed, seen, "R@10", 0.18) for seed in seeds for seen in blocks]
     tables = [
         (name, seed, int(place[name][0]) + seed, 0.3, 40, "healthy", 5 if name == names[-1] else None)
+        + (None,) * 6
         for name in names
         for seed in seeds
     ]

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from components.data.splits import count_events
 from components.metrics.ranking import contributions
 from components.recommenders.full_ranking import best_items, flatten, rank_exactly
 from components.recommenders.itemknn import ItemKnn
-from components.recommenders.popularity import Popularity, count_events
+from components.recommenders.popularity import Popularity
 
 N = 8
 SEQUENCES = st.lists(st.lists(st.integers(0, N - 1), min_size=1, max_size=6), min_size=1, max_size=8)

@@ -1,7 +1,8 @@
 """Beam search against scoring every item, with nothing but the training loss as the oracle.
 
 ``loss`` runs the whole string through the model in one pass, ``rank`` writes it symbol by symbol on caches:
-where they agree, the caches, the trie and the bookkeeping of the beams are right.
+where they agree, the caches, the trie and the bookkeeping of the beams are right. SIDs of unequal length are
+searched with a toy head, and scored string by string without a trie.
 """
 
 import math
@@ -20,6 +21,7 @@ from components.tokenizers.trie import build_trie
 
 SPACE = SymbolSpace((4, 3), 3)
 NUM_SIDS = 4 * 3 * 3
+UNEQUAL = SymbolSpace((5, 5, 5, 5), 64, shared=True, shortest=1)
 SIZE = {"dim": 16, "layers": 2, "heads": 2, "head_dim": 8, "hidden": 32, "max_history": 6}
 CONFIGS = [CausalConfig(**SIZE), TigerConfig(**SIZE)]
 # Ragged; with repeats; the third has seen every item whose first code is 0.
@@ -252,3 +254,181 @@ def test_exclusion_of_any_items_equals_filtering() -> None:
         gone = set(excluded[row].tolist())
         left = [item for item in free.items[row].tolist() if item not in gone]
         assert found.items[row].tolist() == left + [-1] * (24 - len(left))
+
+
+class Remembers:
+    """A head whose logits depend on the user and on every symbol written so far, in their order."""
+
+    def __init__(self, users: int, space: SymbolSpace, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.space, self.user = space, normal(users, 1, 8)
+        self.mix, self.read, self.out = (
+            normal(8, 8),
+            normal(space.num_symbols, 8),
+            normal(space.num_symbols, 8),
+        )
+
+    def step(self, state: Tensor, step: int, symbols: Tensor | None) -> tuple[Tensor, Tensor]:
+        if symbols is not None:
+            state = torch.tanh(state @ self.mix + self.read[symbols])
+        return state @ self.out[slice(*self.space.range(step))].T, state
+
+    def reorder(self, state: Tensor, index: Tensor) -> Tensor:
+        return state.gather(1, index.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
+
+
+def unequal_table(num_items: int, seed: int) -> Tensor:
+    """Random codes of random number, suffixes counted within equal codes."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(5, (num_items, 4), generator=generator).tolist()
+    lengths = torch.randint(1, 5, (num_items,), generator=generator).tolist()
+    met: dict[tuple[int, ...], int] = defaultdict(int)
+    rows = []
+    for all_codes, length in zip(codes, lengths, strict=True):
+        one = tuple(all_codes[:length])
+        rows.append([*one, 5 + met[one]] + [-1] * (4 - length))
+        met[one] += 1
+    return torch.tensor(rows)
+
+
+def score_every_item(head: Remembers, symbols: Tensor) -> list[dict[int, float]]:
+    """Write every string of the table for every user; each step is normalised over what some string has there."""
+    sids = [[symbol for symbol in row if symbol >= 0] for row in symbols.tolist()]
+    children: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    for sid in sids:
+        for step, symbol in enumerate(sid):
+            children[tuple(sid[:step])].add(symbol)
+    found: list[dict[int, float]] = [{} for _ in head.user]
+    for user, scores in enumerate(found):
+        for item, sid in enumerate(sids):
+            scores[item], state = 0.0, head.user[user : user + 1]
+            for step, symbol in enumerate(sid):
+                logits, state = head.step(state, step, torch.tensor([[sid[step - 1]]]) if step else None)
+                log_p = logits[0, 0] - logits[
+                    0, 0, [s - head.space.range(step)[0] for s in children[tuple(sid[:step])]]
+                ].logsumexp(0)
+                scores[item] += float(log_p[symbol - head.space.range(step)[0]])
+    return found
+
+
+def penalised(every: list[dict[int, float]], symbols: Tensor, a: float) -> list[dict[int, float]]:
+    count = (symbols >= 0).sum(dim=1).tolist()
+    return [{item: score / count[item] ** a for item, score in scores.items()} for scores in every]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unequal_length_wide_beam_equals_scoring_every_item(seed: int) -> None:
+    symbols, head = unequal_table(250, seed), Remembers(2, UNEQUAL, seed)
+    trie, starts, every = build_trie(symbols), UNEQUAL.starts, score_every_item(head, symbols)
+    assert all(sum(math.exp(s) for s in scores.values()) == pytest.approx(1, abs=1e-9) for scores in every)
+    check(beam_search(head, head.user, trie, starts, 250), every, 250)
+    check(beam_search(head, head.user, trie, starts, 300), every, 300)
+    for a in (0.5, 1.0, 3.0):
+        found = beam_search(head, head.user, trie, starts, 250, length_penalty=a)
+        check(found, penalised(every, symbols, a), 250)
+
+
+@pytest.mark.parametrize("a", [0.0, 1.0])
+def test_unequal_length_exclusion_equals_filtering(a: float) -> None:
+    """Of scattered items, of all below one node, of all that are short, of all but one and of all."""
+    symbols, everything = unequal_table(200, 3), torch.arange(200)
+    trie, short = build_trie(symbols), symbols[:, 2] < 0
+    kept = [torch.rand(200, generator=torch.Generator().manual_seed(0)) < share for share in (0.7, 0.1)]
+    kept += [symbols[:, 0] != 2, ~short, short, everything == 13, everything < 0]
+    excluded = torch.stack([everything.masked_fill(keep, -1) for keep in kept])
+    excluded = torch.cat([excluded, excluded[:, :50]], dim=1)  # some are met twice
+    head = Remembers(len(kept), UNEQUAL, 3)
+    every = penalised(score_every_item(head, symbols), symbols, a)
+    left = [{i: s for i, s in scores.items() if keep[i]} for scores, keep in zip(every, kept, strict=True)]
+    check(beam_search(head, head.user, trie, UNEQUAL.starts, 200, excluded, a), left, 200)
+    # A narrow beam spends nothing on what is excluded: it is full, or holds all that is left.
+    narrow = beam_search(head, head.user, trie, UNEQUAL.starts, 4, excluded, a)
+    for items, wanted in zip(narrow.items.tolist(), left, strict=True):
+        assert len({item for item in items if item in wanted}) == min(4, len(wanted))
+
+
+@pytest.mark.parametrize("a", [0.0, 0.8])
+@pytest.mark.parametrize("beams", [1, 3, 10])
+def test_unequal_length_narrow_beam_returns_distinct_items_with_their_scores(beams: int, a: float) -> None:
+    symbols, head = unequal_table(150, 4), Remembers(6, UNEQUAL, 4)
+    found = beam_search(head, head.user, build_trie(symbols), UNEQUAL.starts, beams, length_penalty=a)
+    every = penalised(score_every_item(head, symbols), symbols, a)
+    for items, scores, exact in zip(found.items.tolist(), found.scores.tolist(), every, strict=True):
+        assert len(set(items)) == beams and -1 not in items
+        assert scores == sorted(scores, reverse=True)
+        assert scores == pytest.approx([exact[item] for item in items], abs=1e-9)
+
+
+@pytest.mark.parametrize("longest", [3, 5])
+def test_a_short_and_a_long_item_part_where_the_short_one_ends(longest: int) -> None:
+    """Also where no item has all the steps of the space."""
+    symbols = torch.full((2, 5), -1)
+    symbols[0, :2], symbols[1, :longest] = torch.tensor([1, 5]), torch.tensor([1, 0, 3, 3, 5])[:longest]
+    symbols[1, longest - 1] = 5
+    head = Remembers(4, UNEQUAL, 0)
+    logits = head.step(torch.tanh(head.user @ head.mix + head.read[1]), 1, None)[0][:, 0]
+    p_short = logits[:, [0, 5]].softmax(dim=1)[:, 1].tolist()  # all other steps have one child
+    expected = [{0: math.log(p), 1: math.log(1 - p)} for p in p_short]
+    for beams in (1, 2, 3):
+        check(beam_search(head, head.user, build_trie(symbols), UNEQUAL.starts, beams), expected, beams)
+
+
+def test_nothing_is_asked_of_the_head_behind_the_longest_string() -> None:
+    """The space has three steps, the table strings of two."""
+    symbols = torch.tensor([[0, 5, -1], [0, 6, -1], [1, 5, -1]])
+    head = Coin([torch.zeros(1, 7), torch.zeros(1, 7)])
+    found = beam_search(head, None, build_trie(symbols), [0, 0, 5], 3)
+    assert found.scores[0].exp().tolist() == pytest.approx([0.5, 0.25, 0.25])
+    assert found.items[0, 0] == 2
+
+
+def log_probabilities(space: SymbolSpace, step: int, **of: float) -> Tensor:
+    """Logits (1, K) of one user; symbols are named c0, c1 (codes) and s0, s1 (suffixes), all others have 0."""
+    logits = torch.full((space.num_symbols,), -math.inf, dtype=torch.float64)
+    for name, p in of.items():
+        logits[int(name[1:]) + (space.num_codes if name[0] == "s" else 0)] = math.log(p)
+    return logits[None, slice(*space.range(step))]
+
+
+def test_neither_finished_nor_unfinished_strings_push_the_other_out() -> None:
+    """A user with two beams, where three strings end or go on at the same step."""
+    space = SymbolSpace((4, 4), 20, shared=True, shortest=1)
+    short, wide, last = [0, 4, -1], [[0, 1, 4 + i] for i in range(10)], [0, 2, 4]
+    items = {"short": 0, "last": 11}
+    trie = build_trie(torch.tensor([short, *wide, last]))
+    only, even = (
+        log_probabilities(space, 0, c0=1.0),
+        log_probabilities(space, 2, **{f"s{i}": 0.1 for i in range(10)}),
+    )
+
+    # Both longer beginnings are more probable than the item that ends, but nine of ten parts of one are spread.
+    overtaken = Coin([only, log_probabilities(space, 1, s0=0.2, c1=0.42, c2=0.38), even])
+    found = beam_search(overtaken, None, trie, space.starts, 2)
+    assert found.items.tolist() == [[items["last"], items["short"]]]
+    assert found.scores[0].tolist() == pytest.approx([math.log(0.38), math.log(0.2)])
+
+    # The item that ends is the most probable, and yet both longer beginnings go on.
+    ahead = Coin([only, log_probabilities(space, 1, s0=0.5, c1=0.3, c2=0.2), even])
+    found = beam_search(ahead, None, trie, space.starts, 2)
+    assert found.items.tolist() == [[items["short"], items["last"]]]
+    assert found.scores[0].tolist() == pytest.approx([math.log(0.5), math.log(0.2)])
+
+
+def test_length_penalty_lets_a_longer_string_overtake_a_finished_one() -> None:
+    space = SymbolSpace((2, 2), 1, shared=True, shortest=1)
+    trie = build_trie(torch.tensor([[0, 2, -1], [0, 1, 2]]))
+    head = Coin(
+        [
+            log_probabilities(space, 0, c0=1.0),
+            log_probabilities(space, 1, s0=0.6, c1=0.4),
+            log_probabilities(space, 2, s0=1.0),
+        ]
+    )
+    for a, best, score in [(0.0, 0, math.log(0.6)), (3.0, 1, math.log(0.4) / 27)]:
+        found = beam_search(head, None, trie, space.starts, 1, length_penalty=a)
+        assert found.items.tolist() == [[best]]
+        assert found.scores.tolist() == [[pytest.approx(score)]]

@@ -1,4 +1,4 @@
-"""Laws that every tokenizer keeps, and those of each kind."""
+"""Laws that every tokenizer by residual quantisation keeps, and those of each kind."""
 
 import sys
 import typing
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from components.folders import ArtifactError
 from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkpoint_of, load_tokenizer
+from components.tokenizers.dvae import DvaeConfig
 from components.tokenizers.quantize import reconstruct
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig, kmeans, residual_kmeans
 from components.tokenizers.rqvae import RqVae, RqVaeConfig, SinkhornConfig, mean_cosine
+from components.training.tokenizer import TokenizerStage, train_tokenizer
 
-KINDS = typing.get_args(typing.get_args(TokenizerConfig)[0])
+KINDS = (RqVaeConfig, RkMeansConfig)
 SMALL = {"codebook_sizes": [8, 4, 4]}
 
 
@@ -39,7 +41,7 @@ def prepared(kind: type, x_ND: Tensor) -> RqVae | RkMeans:
 
 
 def test_the_union_has_the_kinds() -> None:
-    assert set(KINDS) == {RqVaeConfig, RkMeansConfig}
+    assert set(typing.get_args(typing.get_args(TokenizerConfig)[0])) == {*KINDS, DvaeConfig}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,3 +222,40 @@ def test_faiss_missing_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ModuleNotFoundError, match=r"sidflow\[cpu\] or sidflow\[gpu\]"):
         kmeans(clusters(), 4, 1, 1, 0)
+
+
+def test_weights_count_a_row_as_often_as_it_is_met() -> None:
+    x_NZ = clusters(60)
+    weights = torch.ones(60)
+    weights[:7] = 5
+    repeated = torch.cat([x_NZ, *[x_NZ[:7]] * 4])
+    centroids = kmeans(x_NZ, 4, 30, 8, 0, weights)
+
+    def error(centroids_KZ: Tensor) -> float:
+        return float(torch.cdist(repeated, centroids_KZ).amin(dim=1).square().sum())
+
+    plain = kmeans(x_NZ, 4, 30, 8, 0)
+    assert error(centroids) < error(plain)
+    assert error(centroids) == pytest.approx(error(kmeans(repeated, 4, 30, 8, 0)), rel=0.02)
+
+
+def test_rows_of_weight_zero_do_not_count_and_too_few_others_are_refused() -> None:
+    x_NZ, weights = clusters(60), torch.zeros(60)
+    weights[:10] = 1
+    torch.testing.assert_close(kmeans(x_NZ, 4, 10, 1, 0, weights), kmeans(x_NZ[:10], 4, 10, 1, 0))
+    with pytest.raises(ValueError, match="needs at least as many items, got 10"):
+        kmeans(x_NZ, 11, 10, 1, 0, weights)
+
+
+def test_interaction_weights_reach_the_codebooks(tiny) -> None:
+    def fitted(weights: str):
+        model = {"kind": "rkmeans", "codebook_sizes": [8, 8], "weights": weights}
+        return train_tokenizer(
+            tiny.embeddings, TokenizerStage.model_validate({"model": model}), split=tiny.split
+        )
+
+    items, interactions = (fitted(weights).weights["codebooks.0"] for weights in ("items", "interactions"))
+    assert not torch.equal(items, interactions)
+    with pytest.raises(ValueError, match="counts items by interactions"):
+        model = RkMeansConfig(codebook_sizes=[8, 8], weights="interactions")
+        train_tokenizer(tiny.embeddings, TokenizerStage(model=model))

@@ -103,9 +103,9 @@ def test_every_stage_is_a_finished_child_of_one_run_and_equal_stages_are_made_on
         stage
         for seed in SEEDS
         for stage in (
-            f"fit_tokenizer rkmeans seed {seed}",
-            f"assign_sids rkmeans seed {seed}",
-            f"analyze_collisions rkmeans seed {seed}",
+            f"fit_tokenizer rkmeans of plain seed {seed}",
+            f"assign_sids rkmeans of plain seed {seed}",
+            f"analyze_collisions rkmeans of plain seed {seed}",
             f"fit_recommender plain seed {seed}",
             f"evaluate_recommender plain seed {seed}",
             f"fit_jointly ste seed {seed}",
@@ -172,8 +172,8 @@ def test_a_new_arm_runs_alone_and_a_shared_tokenizer_is_not_trained_again(first,
             "ingest",
             "fit_sasrec sasrec seed 0",
             "evaluate_sasrec sasrec seed 0",
-            "assign_sids rkmeans seed 0",
-            "analyze_collisions rkmeans seed 0",
+            "assign_sids rkmeans of plain seed 0",
+            "analyze_collisions rkmeans of plain seed 0",
             "fit_recommender few seed 0",
             "evaluate_recommender few seed 0",
             "gather_ablation",

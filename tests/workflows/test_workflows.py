@@ -147,7 +147,7 @@ def test_the_run_holds_losses_curves_figures_and_settings(first):
     assert "popularity/kept/all/R_at_10" not in runs["evaluate_recommender joint"].data.metrics
     analysis = runs["analyze_collisions joint"]
     figures = [f.path for f in client.list_artifacts(analysis.info.run_id, "figures")]
-    assert figures == ["figures/code_usage.png", "figures/collisions.png"]
+    assert figures == ["figures/code_usage.png", "figures/collisions.png", "figures/prefix_errors.png"]
     raw = {d.dataset.name: d.dataset for d in runs["ingest"].inputs.dataset_inputs}
     assert set(raw) == {"events.csv", "items.csv"}
     assert str(raw["events.csv"].source).count("events.csv")
