@@ -257,6 +257,10 @@ class SidTable(Artifact):
         _check_row_is_item("SidTable.codes", frame)
         lengths = frame["codes"].list.len()
         require(
+            not self.shared or len(set(self.codebook_sizes)) == 1,
+            f"SidTable: levels that share one codebook have one size, got {self.codebook_sizes}",
+        )
+        require(
             bool(((lengths > 0) & (lengths <= len(self.codebook_sizes))).all()),
             f"SidTable: an item has between 1 and {len(self.codebook_sizes)} codes",
         )

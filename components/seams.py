@@ -137,7 +137,8 @@ class RecommenderLoss(NamedTuple):
     total: Tensor
     """Scalar, mean over all predicted symbols, in nats."""
     steps: Tensor
-    """(S,) mean cross-entropy of each step, detached; where all SIDs are of one length, the sum is an item's cost."""
+    """(S,) mean cross-entropy of each step, detached, NaN where nothing is predicted; where all SIDs are of one length,
+    the sum is an item's cost."""
 
 
 class Ranking(NamedTuple):
@@ -150,7 +151,11 @@ class Ranking(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Content vectors to codes, by residual quantisation of a latent. Every tokenizer is a ``torch.nn.Module``."""
+    """Content vectors to codes by residual quantisation of a latent: what joint training can move.
+
+    ``rqvae`` and ``rkmeans`` are of this kind. A ``dvae`` has one codebook in a space of its own and names items by
+    ``sids.name_items`` like the others, but is trained alone. Every tokenizer is a ``torch.nn.Module``.
+    """
 
     codebooks: nn.ParameterList
     """One (K, Z) a level; what joint training moves."""

@@ -53,7 +53,8 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
         Returns
         -------
         pandas.DataFrame
-            ``items`` (raw ids, best first), ``titles`` and ``scores`` (log-probabilities), one list a row.
+            ``items`` (raw ids, best first), ``titles`` and ``scores`` (log-probabilities,
+            see ``decoding.beam_search``), one list a row.
 
         Raises
         ------

@@ -84,7 +84,7 @@ def assign_sids(
         return table
 
 
-@task(**runtime.CPU, cache=runtime.cached("2"))
+@task(**runtime.CPU, cache=runtime.cached("2", "name"))
 def analyze_collisions(
     name: str,
     tokenizer: Annotated[TokenizerCheckpoint, by_content],

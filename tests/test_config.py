@@ -74,6 +74,34 @@ def test_codebooks_too_small_for_joint_training_are_refused_before_anything_runs
         load_preset(PipelineConfig, "quickstart", ["tokenizer.model.codebook_sizes=[64, 2]"])
 
 
+DVAE = "tokenizer.model={kind: dvae}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([DVAE, "recommender.model={kind: tiger}"], "tiger reads SIDs of one length.*length=fixed"),
+        ([DVAE, "sids.assignment=sinkhorn"], "sids.assignment sinkhorn .* a dvae does not have"),
+        ([DVAE, "recommender.model.max_tokens=4"], "max_tokens 4 does not hold the longest SID.* 5 symbols"),
+        (["sids.length=median"], "sids.length median chooses among learned lengths"),
+        (["tokenizer.model={kind: dvae, length: fixed}", "sids.length=optimum"], "sids.length optimum"),
+        (["recommender.model.max_tokens=3"], "max_tokens 3 does not hold the longest SID.* 4 symbols"),
+    ],
+)
+def test_lengths_that_do_not_fit_together_are_refused_before_anything_runs(overrides, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_preset(PipelineConfig, "quickstart", overrides)
+
+
+def test_a_dvae_of_fixed_length_fits_both_recommenders_and_no_joint_training() -> None:
+    for kind in ("tiger", "causal"):
+        model = f"recommender.model={{kind: {kind}}}"
+        fixed = "tokenizer.model={kind: dvae, length: fixed}"
+        config = load_preset(PipelineConfig, "quickstart", [fixed, model])
+        with pytest.raises(ValueError, match="joint training moves the codewords of residual quantisation"):
+            config.check_joint()
+
+
 def test_a_resolved_config_resolves_to_itself() -> None:
     config = load_preset(PipelineConfig, "quickstart")
     assert (

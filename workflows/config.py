@@ -54,9 +54,15 @@ class PipelineConfig(Config):
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
         tokenizer, recommender = self.tokenizer.model, self.recommender.model
+        variable = isinstance(tokenizer, DvaeConfig) and tokenizer.length == "variable"
+        if self.sids.length != "argmax" and not variable:
+            raise ValueError(
+                f"sids.length {self.sids.length} chooses among learned lengths, which a tokenizer.model of kind "
+                f"{tokenizer.kind} and one length does not have: leave sids.length at argmax"
+            )
         if isinstance(tokenizer, DvaeConfig):
             check_assignment(self.sids)
-            if tokenizer.length == "variable" and isinstance(recommender, TigerConfig):
+            if variable and isinstance(recommender, TigerConfig):
                 raise ValueError(
                     "recommender.model.kind tiger reads SIDs of one length, tokenizer.model gives them unequal ones: "
                     "take kind causal, or tokenizer.model.length=fixed"

@@ -188,7 +188,8 @@ def gate(report: CollisionReport, config: CollisionConfig) -> None:
         raise CollapseError(
             "the semantic IDs have collapsed: "
             + "; ".join(found)
-            + ". Lower the tokenizer's learning rate, revive dead codes or balance assignments; "
+            + ". Lower the tokenizer's learning rate, revive dead codes, balance assignments, or lower the price "
+            "of a dvae's codes; "
             "thresholds are settings of the collision stage"
         )
 

@@ -107,10 +107,10 @@ class Causal(nn.Module):
         """
         items = batch.unique[batch.items]
         excluded = items.masked_fill(~batch.mask, -1) if exclude_seen else None
-        counts_N, most = symbol_counts(symbols), self.config.max_tokens
-        budget = None if most is None else (counts_N[items], most)
+        most = self.config.max_tokens
+        budget = None if most is None else (symbol_counts(symbols[items]), most)
         recent = latest(items, batch.mask, self.config.max_history, budget)
-        strings = lay_out(counts_N[recent.items], recent.mask)
+        strings = lay_out(symbol_counts(symbols[recent.items]), recent.mask)
         symbol_BN = symbols[recent.items.gather(1, strings.place), strings.step]
         hidden, context = self.stack(self._place(self.symbols.hard(symbol_BN), strings))
         last = hidden.gather(1, (strings.length - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))

@@ -43,4 +43,4 @@ def step_losses(
             sums.append(-(weights_PK * scores.log_softmax(dim=-1)).sum())
     steps = torch.stack(sums)
     counts = torch.tensor([len(items_P) for items_P in items], device=steps.device)
-    return RecommenderLoss(steps.sum() / counts.sum(), steps.detach() / counts.clamp(min=1))
+    return RecommenderLoss(steps.sum() / counts.sum(), steps.detach() / counts)

@@ -5,7 +5,7 @@ Shapes: B rows, N items, D content width, T positions, V codes, H width of encod
 """
 
 import math
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +14,13 @@ from torch.nn import functional as F
 
 from components.config import Config
 from components.tokenizers import stopping
-from components.tokenizers.prefix_models import PrefixSum, PrefixTransformer, StopMlp, StopTransformer
+from components.tokenizers.prefix_models import (
+    PrefixSum,
+    PrefixTransformer,
+    StopMlp,
+    StopTransformer,
+    check_width,
+)
 
 ROWS = 8192
 """Items that are named at once: the logits of a position take ROWS x V x 4 bytes."""
@@ -32,11 +38,11 @@ class DvaeConfig(Config):
     kind: Literal["dvae"] = "dvae"
     vocabulary: int = Field(128, ge=2, le=65536)
     """Codes V, shared by all positions."""
-    positions: int = Field(4, ge=2)
+    positions: int = Field(4, ge=2, le=255)
     """Longest name T, in codes."""
     length: Literal["variable", "fixed"] = "variable"
     """variable: each item stops where its next code is not worth the price. fixed: all T codes, the control."""
-    price: float | Literal["auto"] = "auto"
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     """Only for variable: what a code costs, in nats (lambda). auto: found by the price rule on a fixed-length run that
     is trained first, which takes as long again."""
     typical_length: int = Field(2, ge=1)
@@ -68,8 +74,11 @@ class DvaeConfig(Config):
     """Temperature after the warm-up."""
     beta: float = Field(0.002, gt=0)
     """Factor on everything that is in nats, after the warm-up: twice the variance of the reconstruction."""
-    warmup: float = Field(0.35, gt=0, le=1)
+    warmup: float = Field(0.35, gt=0, le=0.9)
     """Share of the steps over which beta rises from 0 and the temperature falls, both along a cosine."""
+    lengths_learn: Literal["after_warmup", "from_start"] = "after_warmup"
+    """after_warmup: first all prefixes are reconstructed alike, and lengths start to learn once a code costs its full
+    price. from_start: as published; while beta is small the longest names are the best, and short runs stay there."""
     free_nats: float | None = Field(None, ge=0)
     """Information that a code may carry without cost, for each item and position; null: 0.24 ln V."""
     smoothing: float = Field(0.1, ge=0, lt=1)
@@ -77,7 +86,7 @@ class DvaeConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.typical_length >= self.positions and self.price == "auto":
+        if self.length == "variable" and self.price == "auto" and self.typical_length >= self.positions:
             raise ValueError(
                 f"typical_length {self.typical_length} must be below positions {self.positions}: the price rule "
                 "looks at the gain of the code after it"
@@ -87,7 +96,15 @@ class DvaeConfig(Config):
                 f"free_nats {self.free:g} must be below ln(vocabulary) = {math.log(self.vocabulary):.2f}: no code "
                 "would ever cost anything"
             )
+        if self.network == "transformer":
+            check_width("hidden", self.hidden)
+            check_width("decoder_hidden", self.decoder_hidden)
         return self
+
+    @property
+    def by_interactions(self) -> bool:
+        """Whether training needs to know how often items were interacted with."""
+        return self.sampling == "interactions"
 
     @property
     def free(self) -> float:
@@ -108,10 +125,10 @@ class DvaeConfig(Config):
 class Message(NamedTuple):
     """One pass of items through the encoder."""
 
-    logits: Tensor
-    """(B, T, V), without noise or temperature."""
-    weights: Tensor
-    """(B, T, V) soft samples that sum to 1."""
+    embedded: Tensor
+    """(B, T, G) soft samples as the decoder reads them."""
+    divergences: Tensor
+    """(B, T) KL of each code's distribution, without noise and temperature, to the uniform one, in nats."""
     hazards: Tensor
     """(B, T - 1) logits of stopping after token l."""
 
@@ -174,23 +191,23 @@ class Dvae(nn.Module):
         """Draw soft samples for unit vectors, each position conditioned on the soft samples before it."""
         u_BH = self.read(self.dropout(x_BD))
         unit_VH = F.normalize(self.codebook, dim=1)
-        logits, weights, residuals = [], [], []
+        embedded, divergences, residuals = [], [], []
         for t in range(self.config.positions):
             logits_BV = self._logits(self.dropout(u_BH), unit_VH, t)
             weights_BV = F.gumbel_softmax(logits_BV, tau)
+            embedded.append(weights_BV @ self.table)
+            divergences.append(self._divergence(logits_BV.log_softmax(dim=1)))
             if t + 1 < self.config.positions:
                 u_BH = self._subtract(u_BH, weights_BV @ self.codebook, t)
                 residuals.append(u_BH)
-            logits.append(logits_BV)
-            weights.append(weights_BV)
         hazards = self._hazards(x_BD, residuals)
-        return Message(torch.stack(logits, dim=1), torch.stack(weights, dim=1), hazards)
+        return Message(torch.stack(embedded, dim=1), torch.stack(divergences, dim=1), hazards)
 
     def decode(self, embedded_BTG: Tensor) -> Tensor:
         """Return the reconstruction (B, T, D) of every prefix, of length 1, from embedded tokens."""
         return F.normalize(self.decoder(embedded_BTG), dim=-1)
 
-    def losses(self, x_BD: Tensor, tau: float = 0.6) -> dict[str, Tensor]:
+    def losses(self, x_BD: Tensor, tau: float = 0.6, *, all_prefixes: bool = False) -> dict[str, Tensor]:
         """Return the unweighted terms of the training loss.
 
         Parameters
@@ -199,27 +216,26 @@ class Dvae(nn.Module):
             Content vectors, drawn as ``config.sampling`` says.
         tau : float
             Temperature of the soft samples.
+        all_prefixes : bool
+            Leave lengths alone: every prefix counts alike, and every code as reached.
 
         Returns
         -------
         dict of str to Tensor
             ``reconstruction``: squared error of the unit vector, summed over coordinates, expected over lengths
             (smoothed). ``vocabulary``: nats of codes beyond the free bits, as far as they are reached. ``length``:
-            price times expected length, less the entropy of the length; 0 where the length is fixed.
+            price times expected length, less the entropy of the length; 0 where no length is learned.
         """
         x_BD = F.normalize(x_BD, dim=1)
         config, message = self.config, self.message(x_BD, tau)
-        log_p = message.logits.log_softmax(dim=-1)
-        divergence_BT = math.log(config.vocabulary) + (log_p.exp() * log_p).sum(dim=-1)
-        paid_BT = F.relu(divergence_BT - config.free)
-        error_BT = (x_BD[:, None] - self.decode(message.weights @ self.table)).square().sum(dim=-1)
-        if config.length == "fixed":
-            read = error_BT if config.reconstruct == "every" else error_BT[:, -1:]
-            length = x_BD.new_zeros(())
+        paid_BT = F.relu(message.divergences - config.free)
+        error_BT = (x_BD[:, None] - self.decode(message.embedded)).square().sum(dim=-1)
+        if config.length == "fixed" or all_prefixes:
+            last_alone = config.length == "fixed" and config.reconstruct == "last"
             return {
-                "reconstruction": read.mean(),
+                "reconstruction": (error_BT[:, -1] if last_alone else error_BT).mean(),
                 "vocabulary": paid_BT.sum(dim=1).mean(),
-                "length": length,
+                "length": x_BD.new_zeros(()),
             }
         log_q_BT = stopping.log_pmf(message.hazards)
         smooth_BT = (1 - config.smoothing) * log_q_BT.exp() + config.smoothing / config.positions
@@ -268,7 +284,7 @@ class Dvae(nn.Module):
         for t in range(self.config.positions):
             log_p = self._logits(u_NH, unit_VH, t).log_softmax(dim=1)
             codes.append(log_p.argmax(dim=1))
-            divergences.append(math.log(self.config.vocabulary) + (log_p.exp() * log_p).sum(dim=1))
+            divergences.append(self._divergence(log_p))
             if t + 1 < self.config.positions:
                 u_NH = self._subtract(u_NH, self.codebook[codes[-1]], t)
                 residuals.append(u_NH)
@@ -283,6 +299,9 @@ class Dvae(nn.Module):
 
     def _logits(self, u_BH: Tensor, unit_VH: Tensor, t: int) -> Tensor:
         return self.log_logit_scale[t].exp() * (F.normalize(u_BH, dim=1) @ unit_VH.T)
+
+    def _divergence(self, log_p_BV: Tensor) -> Tensor:
+        return math.log(self.config.vocabulary) + (log_p_BV.exp() * log_p_BV).sum(dim=1)
 
     def _subtract(self, u_BH: Tensor, word_BH: Tensor, t: int) -> Tensor:
         rest: Tensor = self.norm(u_BH - self.log_residual_scale[t].exp() * word_BH)

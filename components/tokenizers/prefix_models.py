@@ -96,12 +96,8 @@ class CausalBlock(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
+        check_width("dim", dim)
         self.head = min(HEAD, dim)
-        if dim % self.head or self.head % 4:
-            raise ValueError(
-                f"a width of {dim} does not split into heads of {self.head}: take a multiple of {HEAD}, or a "
-                f"smaller multiple of 4, for hidden and decoder_hidden of network transformer"
-            )
         self.into = nn.Linear(dim, 3 * dim, bias=False)
         self.back = nn.Linear(dim, dim, bias=False)
         self.up = nn.Linear(dim, 4 * dim, bias=False)
@@ -122,6 +118,16 @@ class CausalBlock(nn.Module):
         x_BTC = x_BTC + self.dropout(self.back(attended.transpose(1, 2).flatten(2)))
         deep: Tensor = self.down(F.relu(self.up(_norm(x_BTC))).square())
         return x_BTC + self.dropout(deep)
+
+
+def check_width(name: str, dim: int) -> None:
+    """Refuse a width that does not split into heads, each in four parts."""
+    head = min(HEAD, dim)
+    if dim % head or head % 4:
+        raise ValueError(
+            f"{name} {dim} does not split into heads of {head}: take a multiple of {HEAD}, or a smaller multiple of "
+            "4, for network transformer"
+        )
 
 
 def _norm(x: Tensor) -> Tensor:

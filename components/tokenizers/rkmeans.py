@@ -29,6 +29,11 @@ class RkMeansConfig(Config):
     """Whose squared errors count: each item alike, or each by its training interactions, so that codewords are denser
     where popular items are."""
 
+    @property
+    def by_interactions(self) -> bool:
+        """Whether training needs to know how often items were interacted with."""
+        return self.weights == "interactions"
+
 
 class RkMeans(nn.Module):
     """Codebooks over scaled content vectors.

@@ -49,6 +49,11 @@ class RqVaeConfig(Config):
     revive_every: int | None = Field(1, ge=1)
     """Epochs after which codes that no item uses move to the residuals of random items; null: never."""
 
+    @property
+    def by_interactions(self) -> bool:
+        """Whether training needs to know how often items were interacted with: no."""
+        return False
+
 
 class RqVae(nn.Module):
     """Encoder, codebooks and decoder.

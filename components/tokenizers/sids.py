@@ -50,7 +50,7 @@ class SidConfig(AssignmentRule):
     """Most items that may share their codes. Leave room where codes move: joint training grows buckets."""
     suffix_order: Literal["item_id", "popularity"] = "item_id"
     """Who gets suffix 0 among items of equal codes: the lowest item id, or the item with most training interactions,
-    so that a suffix says something. popularity needs the split; items of an earlier table keep their suffix."""
+    so that a suffix says something. Beside an earlier table suffixes stay, and newcomers go by item id."""
     length: LengthRule = "argmax"
     """Only for dvae: where a name stops. argmax or median of the learned posterior, or the optimum for its codes by
     the price rule, which needs no learned stop."""
@@ -108,7 +108,7 @@ def assign(
             "same encoder read a grown catalogue"
         )
     counts_N = None
-    if config.suffix_order == "popularity":
+    if config.suffix_order == "popularity" and previous is None:
         counts = training_counts(split, len(embeddings.matrix), "sids.suffix_order=popularity")
         counts_N = torch.from_numpy(counts)
     tokenizer = load_tokenizer(checkpoint)
@@ -144,7 +144,8 @@ def name_items(tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, config: SidConfi
         case Dvae():
             check_assignment(config)
             names = tokenizer.names(x_ND)
-            reached = torch.arange(names.codes.shape[1]) < tokenizer.lengths(names, config.length)[:, None]
+            at_T = torch.arange(names.codes.shape[1], device=names.codes.device)
+            reached = at_T < tokenizer.lengths(names, config.length)[:, None]
             return names.codes.masked_fill(~reached, -1)
 
 
@@ -233,8 +234,8 @@ def _check_room(frame: pl.DataFrame, suffix_size: int) -> None:
     if largest["len"] > suffix_size:
         raise OverfullBucket(
             f"{largest['len']} items share the codes {largest['codes']}, the suffix tells only {suffix_size} "
-            "apart: raise suffix_size, use more or larger codebooks, or assignment=sinkhorn; items of equal "
-            "text always collide"
+            "apart: raise suffix_size, use more or larger codebooks or assignment=sinkhorn, or a lower price of a "
+            "dvae; items of equal text always collide"
         )
 
 
@@ -316,6 +317,6 @@ def table_symbols(table: SidTable) -> Tensor:
     return symbols_NS + code * torch.tensor(space.starts)
 
 
-def symbol_counts(symbols_NS: Tensor) -> Tensor:
-    """Return how many symbols each SID (N, S) has, its suffix included: (N,) long."""
-    return (symbols_NS >= 0).sum(dim=1)
+def symbol_counts(symbols_xS: Tensor) -> Tensor:
+    """Return how many symbols each SID (..., S) has, its suffix included: (...) long."""
+    return (symbols_xS >= 0).sum(dim=-1)

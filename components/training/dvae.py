@@ -4,8 +4,7 @@ Shapes: N items, T positions, D content width, B draws of a step.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from torch import Tensor
 from components.tokenizers import stopping
 from components.tokenizers.dvae import Dvae, DvaeConfig, Names
 from components.training.loop import Log, State, constant, fit
-
-if TYPE_CHECKING:
-    from components.training.tokenizer import TokenizerStage
+from components.training.tokenizer_stage import TokenizerStage
 
 
 def warm(progress: float, warmup: float) -> float:
@@ -27,7 +24,7 @@ def train_dvae(
     model: DvaeConfig,
     x_ND: Tensor,
     counts_N: Tensor,
-    config: "TokenizerStage",
+    config: TokenizerStage,
     generator: torch.Generator,
     log: Log,
     save: Callable[[State], None],
@@ -35,8 +32,15 @@ def train_dvae(
 ) -> tuple[Dvae, int]:
     """Return the trained tokenizer and its steps; with ``price: auto`` a probe is trained first and priced.
 
-    The probe has one length and reconstructs every prefix alike. Its mean gain at ``typical_length``, by
-    interaction, becomes the price. A state that is saved says which of the two runs it is of.
+    The probe has one length and reconstructs every prefix alike. Its mean gain at ``typical_length``, as items are
+    drawn, becomes the price; ``price/predicted_item`` and ``price/predicted_draw`` are the mean lengths that are best
+    for the probe's codes at that price. Its curves are logged below ``probe/``. A state that is saved says which of the
+    two runs it is of.
+
+    Raises
+    ------
+    ValueError
+        No price above 0 keeps a typical interaction at ``typical_length``.
     """
     price = model.price if resume is None else resume["price"]
     if model.length == "fixed":
@@ -47,9 +51,14 @@ def train_dvae(
         def save_probe(state: State) -> None:
             save(state | {"price": "auto"})
 
+        def log_probe(step: int, values: Mapping[str, float]) -> None:
+            plain = {"epoch": values["epoch"]} if "epoch" in values else {}
+            log(step, plain | {f"probe/{name}": value for name, value in values.items()})
+
         probe = Dvae(probe_config, x_ND.shape[1]).to(x_ND.device)
-        _descend(probe, x_ND, counts_N, config, generator, lambda step, values: None, save_probe, resume)
-        errors_T = weighted(probe.names(x_ND).errors, counts_N)
+        _descend(probe, x_ND, counts_N, config, generator, log_probe, save_probe, resume)
+        names = probe.names(x_ND)
+        errors_T = weighted(names.errors, draws(model, counts_N))
         gain = float(errors_T[model.typical_length - 1] - errors_T[model.typical_length])
         price = stopping.price_for(gain, model.beta, 1 - model.smoothing, model.surprise)
         if price <= 0:
@@ -58,7 +67,19 @@ def train_dvae(
                 f"than a full code costs without any price, so lengths would fall below typical_length "
                 f"{model.typical_length}; lower beta or typical_length, or set a price"
             )
-        log(0, {"price/auto": price, "price/gain": gain})
+        best_NT = stopping.optimal_log_pmf(
+            names.errors, names.divergences, price, model.beta, 1 - model.smoothing
+        )
+        best_N = stopping.argmax_length(best_NT).float()
+        log(
+            0,
+            {
+                "price/auto": price,
+                "price/gain": gain,
+                "price/predicted_item": float(best_N.mean()),
+                "price/predicted_draw": float(weighted(best_N, counts_N)),
+            },
+        )
         resume = None
     tokenizer = Dvae(model, x_ND.shape[1]).to(x_ND.device)
     tokenizer.price.fill_(price)
@@ -73,7 +94,7 @@ def _descend(
     tokenizer: Dvae,
     x_ND: Tensor,
     counts_N: Tensor,
-    config: "TokenizerStage",
+    config: TokenizerStage,
     generator: torch.Generator,
     log: Log,
     save: Callable[[State], None],
@@ -85,7 +106,7 @@ def _descend(
     steps_an_epoch = -(-len(x_ND) // config.batch_size)
     total = config.loop.epochs * steps_an_epoch
     schedule = constant(optimizer, config.warmup_steps)
-    drawn_by = counts_N.double() if model.sampling == "interactions" else torch.ones(len(x_ND)).double()
+    drawn_by = draws(model, counts_N).double().cpu()  # the generator lives there
     taken = 0
 
     def batches(epoch: int) -> Iterator[Tensor]:
@@ -100,9 +121,12 @@ def _descend(
         nonlocal taken
         ready = warm(taken / total, model.warmup)
         taken += 1
-        terms = tokenizer.losses(x_BD, model.tau_start + (model.tau_end - model.tau_start) * ready)
-        loss = terms["reconstruction"] + model.beta * ready * (terms["vocabulary"] + terms["length"])
-        return {"loss": loss, **terms}
+        terms = tokenizer.losses(
+            x_BD,
+            model.tau_start + (model.tau_end - model.tau_start) * ready,
+            all_prefixes=model.lengths_learn == "after_warmup" and ready < 1,
+        )
+        return {"loss": total_loss(terms, model.beta * ready), **terms}
 
     def validate(epoch: int) -> dict[str, float]:
         return {**describe_names(tokenizer, tokenizer.names(x_ND), counts_N), "keep/score": float(epoch)}
@@ -123,6 +147,16 @@ def _descend(
     )
     tokenizer.load_state_dict(result.best["tokenizer"])
     return result.step
+
+
+def total_loss(terms: Mapping[str, Tensor], beta: float) -> Tensor:
+    """Return reconstruction plus beta times all that is in nats: the price stands inside beta."""
+    return terms["reconstruction"] + beta * (terms["vocabulary"] + terms["length"])
+
+
+def draws(model: DvaeConfig, counts_N: Tensor) -> Tensor:
+    """Return how often each item (N,) is drawn in training, up to a factor."""
+    return counts_N if model.by_interactions else torch.ones_like(counts_N)
 
 
 def weighted(values: Tensor, counts_N: Tensor) -> Tensor:
@@ -163,6 +197,7 @@ def describe_names(tokenizer: Dvae, names: Names, counts_N: Tensor) -> dict[str,
     errors_T = weighted(names.errors, counts_N)
     figures |= {
         "price": float(tokenizer.price),
+        "price/alpha": 1 - math.exp(-float(tokenizer.price)),
         "length/item": float(length.mean()),
         "length/draw": float(weighted(length, counts_N)),
         "length/entropy": float(stopping.entropy(names.log_q).mean()),
@@ -173,8 +208,9 @@ def describe_names(tokenizer: Dvae, names: Names, counts_N: Tensor) -> dict[str,
             )
         ),
     }
-    for rule in ("optimum", "median"):
-        other = tokenizer.lengths(names, rule)  # type: ignore[arg-type]
+    rules: tuple[stopping.LengthRule, ...] = ("optimum", "median")
+    for rule in rules:
+        other = tokenizer.lengths(names, rule)
         figures[f"length/{rule}_item"] = float(other.float().mean())
         figures[f"length/{rule}_draw"] = float(weighted(other.float(), counts_N))
         figures[f"length/agrees_with_{rule}"] = float((other == length_N).float().mean())

@@ -270,7 +270,7 @@ def train_jointly(
     batches_of = epoch_batches(recommender, split.train, counts, stage, generator)
     steps = stage.loop.epochs * steps_an_epoch(recommender, split.train, counts, stage)
     validator = Validator(split.valid, stage.validation, stage.seed)
-    names = step_names(live.space.num_levels)
+    names = step_names(live.space)
     first, moved = live.codes.clone(), torch.zeros(len(live.codes))
     start = table_figures(live)
     # One more for each item, so that none is without mass. A user's first event counts too, though it is no target.

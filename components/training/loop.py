@@ -190,13 +190,15 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, Tensor | int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one step's values."""
-        self._count += 1
+        """Add one step's values; NaN says that a step had nothing to measure, except in the loss."""
         for name, value in values.items():
-            self._sums[name] = value.detach() + self._sums.get(name, 0)
+            value = value.detach()
+            known = torch.ones_like(value) if name == "loss" else (~value.isnan()).to(value)
+            self._sums[name] = self._sums.get(name, 0) + (value if name == "loss" else value.nan_to_num(0.0))
+            self._counts[name] = self._counts.get(name, 0) + known
 
     def take(self, step: int) -> dict[str, float]:
         """Return the means and start anew.
@@ -206,10 +208,11 @@ class Means:
         FloatingPointError
             The loss is no longer finite.
         """
-        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        counts = {name: float(count) for name, count in self._counts.items()}
+        means = {name: float(value) / counts[name] for name, value in self._sums.items() if counts[name]}
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"step {step}: the loss is {means['loss']}; lower the learning rate")
-        self._sums, self._count = {}, 0
+        self._sums, self._counts = {}, {}
         return means
 
 

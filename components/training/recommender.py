@@ -25,7 +25,7 @@ from components.recommenders.build import RecommenderConfig, build_recommender
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.decoding import rank_rows
 from components.recommenders.tiger import Tiger, TigerConfig
-from components.seams import Recommender, SequenceBatch
+from components.seams import Recommender, SequenceBatch, SymbolSpace
 from components.seeding import seed_everything
 from components.tokenizers.sids import symbol_counts
 from components.tokenizers.sources import FrozenSids
@@ -157,9 +157,11 @@ class Validator:
         return {"valid_R@10": float(recall), "valid_N@10": float(ndcg)}
 
 
-def step_names(num_levels: int) -> list[str]:
-    """Name the steps of a SID for the log: ``level1 ... suffix``."""
-    return [*(f"level{level + 1}" for level in range(num_levels)), "suffix"]
+def step_names(space: SymbolSpace) -> list[str]:
+    """Name the steps of a SID for the log: ``level1 ... suffix``, or ``symbol1 ...`` where any may be a suffix."""
+    if not space.one_length:
+        return [f"symbol{step + 1}" for step in range(space.num_steps)]
+    return [*(f"level{level + 1}" for level in range(space.num_levels)), "suffix"]
 
 
 def train_recommender(
@@ -201,7 +203,7 @@ def train_recommender(
     counts = symbol_counts(source.symbols)
     steps = config.loop.epochs * steps_an_epoch(recommender, split.train, counts, config)
     validator = Validator(split.valid, config.validation, config.seed)
-    names = step_names(source.space.num_levels)
+    names = step_names(source.space)
     trie = build_trie(source.symbols)
 
     def step(batch: SequenceBatch) -> Mapping[str, Tensor]:

@@ -1,54 +1,25 @@
 """Train a tokenizer on content vectors alone: the first stage of two, and the start of joint training."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from components.artifacts import ContentEmbeddings, SequenceSplit, TokenizerCheckpoint
-from components.config import Config
 from components.data.splits import training_counts
 from components.folders import Provenance
 from components.seeding import seed_everything
-from components.tokenizers.build import TokenizerConfig, checkpoint_of
+from components.tokenizers.build import checkpoint_of
 from components.tokenizers.dvae import Dvae, DvaeConfig
 from components.tokenizers.quantize import reconstruct
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig
 from components.tokenizers.rqvae import RqVae, RqVaeConfig
 from components.training.dvae import describe_names, train_dvae
-from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
+from components.training.loop import Log, State, cosine, device_of, fit
+from components.training.tokenizer_stage import TokenizerStage as TokenizerStage
 
 NOT_ELIGIBLE = 100.0
 """Taken off the score of early epochs; eligible ones score at least -1 for collisions, about -1 otherwise."""
-
-
-class TokenizerStage(Config):
-    """Settings of the tokenizer stage. ``rkmeans`` reads model, device and seed; the rest is for descent."""
-
-    model: TokenizerConfig = RqVaeConfig()
-    """The tokenizer, by kind."""
-    loop: LoopConfig = LoopConfig(epochs=100, validate_every=5)
-    """How long to train, and how often the whole catalogue is tokenized to compare epochs."""
-    batch_size: int = Field(256, ge=1)
-    """Items a step; for dvae, draws."""
-    lr: float = Field(3e-3, gt=0)
-    """Peak learning rate of AdamW; falls along a cosine to 0, but stays there for dvae."""
-    warmup_steps: int = Field(20, ge=0)
-    """Steps over which the learning rate rises."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay of AdamW."""
-    keep: Literal["collision_rate", "reconstruction"] = "collision_rate"
-    """Only for rqvae: of the eligible validated epochs, the one with the lowest such figure is kept; dvae keeps the
-    last."""
-    keep_from: float = Field(0.5, gt=0, le=1)
-    """Only for rqvae: share of the epochs before one is eligible; codes of a raw encoder collide least, and say
-    least."""
-    device: Device = "auto"
-    """Where to train; ``auto`` takes a GPU if there is one."""
-    seed: int = 0
-    """Seeds weights, batches, k-means and revivals."""
 
 
 def train_tokenizer(
@@ -96,19 +67,18 @@ def train_tokenizer(
     generator = seed_everything(config.seed)
     device = device_of(config.device)
     x_ND = embeddings.matrix.to(device)
-    counts_N = torch.ones(len(x_ND), device=device)
-    by_interactions = (
-        getattr(config.model, "sampling", getattr(config.model, "weights", "")) == "interactions"
-    )
-    if by_interactions or split is not None:
+    counts_N, parents = torch.ones(len(x_ND), device=device), {"ContentEmbeddings": embeddings.fingerprint}
+    if config.model.by_interactions or (split is not None and config.model.kind == "dvae"):
         setting = f"tokenizer.model of kind {config.model.kind}, which counts items by interactions,"
         counts_N = torch.from_numpy(training_counts(split, len(x_ND), setting)).float().to(device)
+        assert split is not None
+        parents["SequenceSplit"] = split.fingerprint
     steps = 0
     tokenizer: RkMeans | RqVae | Dvae
     match config.model:
         case RkMeansConfig():
             kmeans = tokenizer = RkMeans(config.model, x_ND.shape[1]).to(device)
-            kmeans.fit(x_ND, config.seed, counts_N if by_interactions else None)
+            kmeans.fit(x_ND, config.seed, counts_N if config.model.by_interactions else None)
             metrics = describe_fit(kmeans.eval(), x_ND)
         case RqVaeConfig():
             rqvae = tokenizer = RqVae(config.model, x_ND.shape[1])
@@ -120,9 +90,6 @@ def train_tokenizer(
             dvae, steps = train_dvae(config.model, x_ND, counts_N, config, generator, log, save, resume)
             tokenizer = dvae.eval()
             metrics = describe_names(dvae, dvae.names(x_ND), counts_N)
-    parents = {"ContentEmbeddings": embeddings.fingerprint}
-    if split is not None:
-        parents["SequenceSplit"] = split.fingerprint
     log(steps, metrics)
     return checkpoint_of(
         tokenizer,

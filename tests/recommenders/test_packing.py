@@ -222,7 +222,7 @@ def test_steps_that_no_predicted_item_has_cost_nothing() -> None:
     short = counts.index(2)
     long = counts.index(4)
     found = loss_of(model, batch_of([[long, short], [short]], [short, short]))
-    assert found.steps[2:].tolist() == [0, 0] and bool((found.steps[:2] > 0).all())
+    assert bool(found.steps[2:].isnan().all()) and bool((found.steps[:2] > 0).all())
     assert found.total.item() == pytest.approx(found.steps[:2].mean().item(), abs=1e-6)
 
 

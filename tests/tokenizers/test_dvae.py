@@ -1,6 +1,7 @@
 """The discrete VAE as a network: what sees what, the pieces of its loss, and names that do not depend on the batch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from components.artifacts import SidTable
-from components.tokenizers import stopping
-from components.tokenizers.build import build_tokenizer, checkpoint_of, load_tokenizer
+from components.tokenizers import dvae, stopping
+from components.tokenizers.build import checkpoint_of, load_tokenizer
 from components.tokenizers.dvae import Dvae, DvaeConfig
 from components.tokenizers.prefixes import prefix_errors
 from components.tokenizers.sids import SidConfig, assign, codes_to_table, table_symbols
@@ -76,10 +77,26 @@ def test_a_fresh_model_halves_what_is_left_at_every_token(name: str) -> None:
 def message_terms(model: Dvae, x, tau: float):
     torch.manual_seed(7)
     message = model.message(F.normalize(x, dim=1), tau)
-    log_p = message.logits.log_softmax(dim=-1)
-    divergence = math.log(16) + (log_p.exp() * log_p).sum(dim=-1)
-    error = (F.normalize(x, dim=1)[:, None] - model.decode(message.weights @ model.table)).square().sum(-1)
-    return message, divergence, error
+    error = (F.normalize(x, dim=1)[:, None] - model.decode(message.embedded)).square().sum(-1)
+    return message, message.divergences, error
+
+
+def test_a_divergence_is_that_of_the_scaled_cosines_without_noise_or_temperature() -> None:
+    model, x = network("sum", logit_scale=7.0), F.normalize(vectors(), dim=1)
+    for tau in (0.3, 2.0):
+        first = model.message(x, tau).divergences[:, 0]
+        u = model.read(x)
+        p = (7.0 * F.cosine_similarity(u[:, None], model.codebook[None], dim=-1)).softmax(dim=1)
+        torch.testing.assert_close(first, math.log(16) + (p * p.log()).sum(1))
+
+
+def test_soft_samples_sharpen_as_the_temperature_falls() -> None:
+    model, x = network("sum").requires_grad_(False), F.normalize(vectors(), dim=1)
+    torch.manual_seed(0)
+    cold = model.message(x, 1e-3).embedded[:, 0]
+    assert float(torch.cdist(cold, model.table).amin(dim=1).max()) < 1e-3
+    warm = model.message(x, 5.0).embedded[:, 0]
+    assert float(torch.cdist(warm, model.table).amin(dim=1).mean()) > 0.1
 
 
 def test_the_loss_has_smoothed_lengths_free_nats_by_item_and_position_and_unsmoothed_survival() -> None:
@@ -133,13 +150,16 @@ def test_the_price_acts_on_the_length_alone_and_shortens_it() -> None:
     assert float(dear.stop.bias.grad.sum()) < 0  # descent raises the hazards
 
 
-def test_names_do_not_depend_on_noise_mode_or_batch() -> None:
+def test_names_do_not_depend_on_noise_mode_or_batch(monkeypatch) -> None:
     model, x = network("sum", dropout=0.5).train(), vectors(100)
     names = model.names(x)
     assert model.training
     again = model.names(x)
     for field, value in zip(names._fields, names, strict=True):
         torch.testing.assert_close(getattr(again, field), value, rtol=0, atol=0)
+    monkeypatch.setattr(dvae, "ROWS", 7)
+    for field, value in zip(names._fields, names, strict=True):
+        torch.testing.assert_close(getattr(model.names(x), field), value)
     alone = [model.names(row[None]) for row in x[:10]]
     assert torch.equal(torch.cat([n.codes for n in alone]), names.codes[:10])
     torch.testing.assert_close(torch.cat([n.log_q for n in alone]), names.log_q[:10])
@@ -171,8 +191,40 @@ def test_settings_that_cannot_work_are_refused() -> None:
         DvaeConfig(positions=4, typical_length=4)
     with pytest.raises(ValidationError, match="free_nats 9 must be below ln"):
         DvaeConfig(free_nats=9)
-    with pytest.raises(ValueError, match="does not split into heads"):
-        build_tokenizer(DvaeConfig(network="transformer", hidden=70), 8)
+    with pytest.raises(ValidationError, match="decoder_hidden 70 does not split into heads"):
+        DvaeConfig(network="transformer", decoder_hidden=70)
+    for price in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValidationError, match="price"):
+            DvaeConfig(price=price)
+    with pytest.raises(ValidationError, match="warmup"):
+        DvaeConfig(warmup=1.0)
+    assert DvaeConfig(positions=2, length="fixed").codebook_sizes == [128, 128]
+
+
+def test_a_shared_codebook_has_one_size() -> None:
+    table = codes_to_table(torch.tensor([[1, 2]]), [4, 4], 8, "", shared=True)
+    with pytest.raises(ValueError, match="one size, got"):
+        replace(table, codebook_sizes=[4, 8])
+
+
+@pytest.mark.parametrize("rule", ["argmax", "median", "optimum"])
+def test_the_rule_of_the_length_reaches_the_table(tiny, rule) -> None:
+    stage = TokenizerStage.model_validate(
+        {"model": {"kind": "dvae", **SMALL, "price": 9.0}, "loop": {"epochs": 10}, "batch_size": 64}
+    )
+    checkpoint = train_tokenizer(tiny.embeddings, stage, split=tiny.split)
+    table = assign(checkpoint, tiny.embeddings, SidConfig(suffix_size=120, length=rule))
+    names = load_tokenizer(checkpoint).names(tiny.embeddings.matrix)
+    wanted = {
+        "argmax": names.log_q.argmax(dim=1) + 1,
+        "median": 1 + (names.log_q.exp().cumsum(dim=1) < 0.5).sum(dim=1),
+        "optimum": 1
+        + (-9.0 * torch.arange(1, 5) - names.divergences.cumsum(dim=1) - 0.9 * names.errors / 0.002).argmax(
+            dim=1
+        ),
+    }
+    assert table.codes["codes"].list.len().to_list() == wanted[rule].tolist()
+    assert len({tuple(lengths.tolist()) for lengths in wanted.values()}) > 1
 
 
 @pytest.mark.parametrize("kind", ["rkmeans", "rqvae", "dvae"])

@@ -380,3 +380,47 @@ def test_two_processes_with_one_seed_give_the_same_bytes(first, data, tmp_path, 
         names = {folder.name for folder in (elsewhere / "artifacts" / kind).iterdir()}
         assert names and names <= {folder.name for folder in (here / kind).iterdir()}, kind
     assert comparison.fingerprint[:16] in {f.name for f in (elsewhere / "artifacts" / "Comparison").iterdir()}
+
+
+def test_names_of_unequal_length_go_through_the_whole_pipeline_and_serve(data) -> None:
+    import mlflow
+    import pandas as pd
+
+    tokenizer = {
+        "model": {
+            "kind": "dvae",
+            "vocabulary": 12,
+            "positions": 3,
+            "price": 12.0,
+            "hidden": 16,
+            "decoder_hidden": 16,
+        },
+        "loop": {"epochs": 60, "validate_every": 60},
+        "batch_size": 32,
+    }
+    recipe = RECIPE | {"model": MODEL | {"max_tokens": 24, "length_penalty": 0.2}, "batch_tokens": 400}
+    config = settings(
+        data,
+        tokenizer=tokenizer,
+        recommender=recipe,
+        sids={"suffix_size": 60, "suffix_order": "popularity"},
+    )
+    comparison = two_stage(config=config)
+    assert set(comparison.metrics["method"]) == {"popularity", "itemknn", "two-stage"}
+    client, parent = open_store(), pipelines(open_store())[-1]
+    runs = {run.info.run_name: run for run in children(client, parent.info.run_id)}
+    fitted = runs["fit_tokenizer"].data.metrics
+    assert 1 < fitted["length/item"] < 3 and "length/rule_draw" in fitted and fitted["price"] == 12
+    analysis = runs["analyze_collisions two-stage"]
+    figures = {f.path for f in client.list_artifacts(analysis.info.run_id, "figures")}
+    assert {"figures/length_by_popularity.png", "figures/prefix_errors.png"} <= figures
+    assert analysis.data.metrics["codes_per_item"] == pytest.approx(fitted["length/item"])
+    assert analysis.data.metrics["events_in_budget"] >= analysis.data.metrics["events_in_budget_full_length"]
+
+    logged = client.search_logged_models([parent.info.experiment_id])
+    newest = max(logged, key=lambda model: model.creation_timestamp)
+    mlflow.set_tracking_uri(f"sqlite:///{home() / 'mlflow.db'}")
+    model = mlflow.pyfunc.load_model(newest.model_uri)
+    names = pl.read_csv(data / "items.csv")["item_id"].cast(pl.String).to_list()
+    answer = model.predict(pd.DataFrame({"history": [names[:4], names[5:6]]}), params={"k": 5})
+    assert all(len(set(items)) == 5 and set(items) <= set(names) for items in answer["items"])
