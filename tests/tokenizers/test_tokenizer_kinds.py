@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from components.artifacts import TokenizerCheckpoint
 from components.folders import ArtifactError
+from components.metrics.lengths import padded_codes
 from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkpoint_of, load_tokenizer
 from components.tokenizers.dvae import DvaeConfig
+from components.tokenizers.prefixes import prefix_errors
 from components.tokenizers.quantize import reconstruct
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig, kmeans, residual_kmeans
 from components.tokenizers.rqvae import RqVae, RqVaeConfig, SinkhornConfig, mean_cosine
+from components.tokenizers.sids import SidConfig, assign
+from components.training.loop import LoopConfig
 from components.training.tokenizer import TokenizerStage, train_tokenizer
 
 KINDS = (RqVaeConfig, RkMeansConfig)
@@ -42,6 +47,31 @@ def prepared(kind: type, x_ND: Tensor) -> RqVae | RkMeans:
 
 def test_the_union_has_the_kinds() -> None:
     assert set(typing.get_args(typing.get_args(TokenizerConfig)[0])) == {*KINDS, DvaeConfig}
+
+
+EVERY = typing.get_args(typing.get_args(TokenizerConfig)[0])
+QUICK = {"dvae": {"price": 5.0, "vocabulary": 16}}
+"""What a kind needs beside its defaults for a short run."""
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_kind_names_all_items_the_same_before_and_after_a_round_trip(kind, tiny, tmp_path) -> None:
+    sizes = {"codebook_sizes": [8, 8]} if "codebook_sizes" in kind.model_fields else {}
+    name = kind.model_fields["kind"].default
+    stage = TokenizerStage(model=kind(**sizes, **QUICK.get(name, {})), loop=LoopConfig(epochs=2))
+    checkpoint = train_tokenizer(tiny.embeddings, stage, split=tiny.split)
+    config = SidConfig(suffix_size=200)
+    table = assign(checkpoint, tiny.embeddings, config)
+    assert table.num_items == tiny.catalog.num_items
+    assert table.codebook_sizes == stage.model.codebook_sizes
+    checkpoint.save(tmp_path / "tokenizer")
+    loaded = TokenizerCheckpoint.load(tmp_path / "tokenizer")
+    assert assign(loaded, tiny.embeddings, config).fingerprint == table.fingerprint
+    errors = prefix_errors(load_tokenizer(loaded), tiny.embeddings.matrix, padded_codes(table))
+    assert errors[:, 0].isfinite().all() and float(errors.nan_to_num().max()) <= 4
+    with pytest.raises(ArtifactError, match="columns"):
+        narrow = {"vectors": tiny.embeddings.matrix[:, :5].contiguous()}
+        assign(checkpoint, replace(tiny.embeddings, vectors=narrow), config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
