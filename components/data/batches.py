@@ -19,6 +19,8 @@ Ints = npt.NDArray[np.int64]
 
 # Batches are cut from runs of about this many batches sorted by length: little padding, still well mixed.
 _RUN = 32
+# Symbols vary more than items do: with twice the run 97 % of the positions are symbols instead of 95 %.
+_RUN_OF_SYMBOLS = 64
 
 
 class Rows(NamedTuple):
@@ -162,8 +164,11 @@ def cut_batches(
     """
     order = torch.randperm(len(rows.start), generator=generator).numpy()
     cost = rows.end - rows.start if cost is None else cost
-    share, room = (np.ones_like(cost), batch_size) if batch_tokens is None else (cost, batch_tokens)
-    run = (np.cumsum(share[order]) - share[order]) // (room * _RUN)
+    if batch_tokens is None:
+        share, room, batches = np.ones_like(cost), batch_size, _RUN
+    else:
+        share, room, batches = cost, batch_tokens, _RUN_OF_SYMBOLS
+    run = (np.cumsum(share[order]) - share[order]) // (room * batches)
     order = order[np.lexsort((cost[order], run))]
     filled = np.concatenate([[0], np.cumsum(share[order])])
     borders = [0]
