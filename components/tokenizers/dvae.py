@@ -204,7 +204,7 @@ class Dvae(nn.Module):
         return Message(torch.stack(embedded, dim=1), torch.stack(divergences, dim=1), hazards)
 
     def decode(self, embedded_BTG: Tensor) -> Tensor:
-        """Return the reconstruction (B, T, D) of every prefix, of length 1, from embedded tokens."""
+        """Return the reconstruction (B, T, D) of every prefix, a unit vector, from embedded tokens."""
         return F.normalize(self.decoder(embedded_BTG), dim=-1)
 
     def losses(self, x_BD: Tensor, tau: float = 0.6, *, all_prefixes: bool = False) -> dict[str, Tensor]:
