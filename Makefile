@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PRESET ?= quickstart
+# joint or two_stage.
+WORKFLOW ?= joint
 SET ?=
 PORT ?= 5000
 SECTION ?=
@@ -25,10 +27,10 @@ install: $(STAMP) ## create .venv with the pinned dependencies
 keys: $(STAMP) ## explain every setting with its default (SECTION=joint)
 	@$(BIN)/python -m workflows.resolve --keys $(SECTION)
 
-run: $(STAMP) ## train, compare and report on the shipped sample (PRESET=quickstart, SET="recommender.loop.epochs=2")
+run: $(STAMP) ## train, compare, report on the shipped sample (PRESET=quickstart, WORKFLOW=two_stage, SET="recommender.loop.epochs=2")
 	@mkdir -p .sidflow && $(BIN)/python -m workflows.resolve $(PRESET) $(SET) > .sidflow/config.draft \
 		&& mv .sidflow/config.draft .sidflow/config.yaml
-	@$(BIN)/pyflyte run workflows/joint.py joint --config .sidflow/config.yaml
+	@$(BIN)/pyflyte run workflows/$(WORKFLOW).py $(WORKFLOW) --config .sidflow/config.yaml
 
 ablation: PRESET = ablation
 ablation: $(STAMP) ## compare arms over seeds, one table and one figure (PRESET=ablation, SET="seeds=[0]")
