@@ -103,7 +103,7 @@ def test_the_head_is_shorter_than_the_tail_and_codes_are_in_use(seed: int) -> No
 @pytest.mark.parametrize("seed", [0, 1])
 def test_at_a_mild_price_shorter_names_describe_items_as_well_as_full_ones(seed: int) -> None:
     data = toy(seed, 2000)
-    mild, fixed = trained(data, seed, 250, price=3.0), trained(data, seed, 250, length="fixed")
+    mild, fixed = trained(data, seed, 250, price=1.0), trained(data, seed, 250, length="fixed")
     assert float(weighted(lengths(mild, data), data.counts_N)) < 2.5
     assert hard_error(mild, data) <= 1.1 * hard_error(fixed, data)
 
