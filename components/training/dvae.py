@@ -52,7 +52,8 @@ def train_dvae(
             save(state | {"price": "auto"})
 
         def log_probe(step: int, values: Mapping[str, float]) -> None:
-            plain = {"epoch": values["epoch"]} if "epoch" in values else {}
+            # The line of progress shows what bears no slash.
+            plain = {"epoch": values["epoch"], "probe_loss": values["loss"]} if "epoch" in values else {}
             log(step, plain | {f"probe/{name}": value for name, value in values.items()})
 
         probe = Dvae(probe_config, x_ND.shape[1]).to(x_ND.device)
