@@ -22,7 +22,7 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from components.recommenders.layers import Attention, FeedForward
 from components.recommenders.tiger import Tiger, TigerConfig
-from components.seams import Ranking, SequenceBatch, SymbolSpace
+from components.seams import Catalogue, Ranking, SequenceBatch, SymbolSpace
 from components.tokenizers.trie import PrefixTrie, build_trie
 
 SHAPE = TigerConfig(dim=128, layers=4, heads=6, head_dim=64, hidden=1024, dropout=0.0, max_history=20)
@@ -120,7 +120,7 @@ def prefix_function(table: Tensor) -> Callable[[int, Tensor], list[int]]:
 def ours(model: Tiger, batch: SequenceBatch, table: Tensor, trie: PrefixTrie, beams: int) -> Ranking:
     """Rank with this project's beam search."""
     with torch.inference_mode():
-        return model.rank(batch, table, trie, beams, exclude_seen=False)
+        return model.rank(batch, Catalogue(table, trie), beams, exclude_seen=False)
 
 
 def theirs(

@@ -115,7 +115,7 @@ def stopped_at_the_loop(module: ModuleType, train: Callable[[], object]) -> Arm:
 def frozen_arm(stages: Stages, stage: RecommenderStage) -> Arm:
     """Return the recommender on the table."""
     return stopped_at_the_loop(
-        recommender, lambda: train_recommender(stages.split, stages.sids, stage, _quiet)
+        recommender, lambda: train_recommender(stages.split, stages.sids, stages.embeddings, stage, _quiet)
     )
 
 

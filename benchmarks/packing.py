@@ -24,7 +24,7 @@ from joint_step import Arm, advance, stopped_at_the_loop
 from machine import processor
 from torch import Tensor
 
-from components.artifacts import SequenceSplit, SidTable
+from components.artifacts import ContentEmbeddings, SequenceSplit, SidTable
 from components.config import load_preset
 from components.data.ingest import ingest
 from components.data.splits import hold_out
@@ -104,11 +104,19 @@ def random_sids(items: int, shares: list[float], generator: torch.Generator) -> 
 
 def build_arms(split: SequenceSplit, stage: RecommenderStage) -> dict[str, Packed]:
     """Return all arms by name, each before its first step."""
+    # Recommenders that read symbols alone do not look at content vectors.
+    embeddings = ContentEmbeddings(
+        vectors={"vectors": torch.zeros(split.num_items, 1)},
+        encoder="",
+        revision="",
+        normalised=False,
+        catalog="",
+    )
     arms = {}
     for name, shares in LENGTHS.items():
         sids = random_sids(split.num_items, shares, torch.Generator().manual_seed(0))
         arm = stopped_at_the_loop(
-            recommender, lambda sids=sids: train_recommender(split, sids, stage, _quiet)
+            recommender, lambda sids=sids: train_recommender(split, sids, embeddings, stage, _quiet)
         )
         arms[name] = Packed(arm=arm, counts=symbol_counts(table_symbols(sids)))
     return arms

@@ -5,7 +5,8 @@ S = L + 1 steps of the longest SID (its codes, then the suffix), K codes of a co
 width, V symbols (all codes, then all suffixes), W beams.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -56,6 +57,11 @@ class SymbolSpace(NamedTuple):
         """Whether every SID has all levels."""
         return self.shortest in (None, self.num_levels)
 
+    def codes(self, level: int) -> tuple[int, int]:
+        """First symbol that is a code of a level, and the one after the last."""
+        start = 0 if self.shared else sum(self.codebook_sizes[:level])
+        return start, start + self.codebook_sizes[level]
+
     @property
     def starts(self) -> list[int]:
         """First symbol that each step may write."""
@@ -69,9 +75,18 @@ class SymbolSpace(NamedTuple):
         """
         if step == self.num_levels:
             return self.num_codes, self.num_symbols
-        start = 0 if self.shared else sum(self.codebook_sizes[:step])
+        start, stop = self.codes(step)
         ends = not self.one_length and self.shortest is not None and step >= self.shortest
-        return start, self.num_symbols if ends else start + self.codebook_sizes[step]
+        return start, self.num_symbols if ends else stop
+
+
+class ItemFacts(NamedTuple):
+    """What is known of the catalogue's items beside their SIDs; row = item id."""
+
+    trained: Tensor
+    """(N,) bool, items that have training events; of the others only content is known."""
+    vectors: Tensor
+    """(N, X) float32, content vectors."""
 
 
 class ItemTokens(NamedTuple):
@@ -80,7 +95,8 @@ class ItemTokens(NamedTuple):
     symbols: Tensor
     """(U, S) long, symbols of the whole space; -1 after the suffix of a SID that is shorter than S."""
     weights: tuple[Tensor, ...] | None = None
-    """One (U, K) a level: the one-hot code in value, the soft assignment in gradient. None: hard codes."""
+    """One (U, K) a level: the one-hot code in value, the soft assignment in gradient. Rows of items whose SID has no
+    code on a level are not to be read. None: hard codes."""
 
 
 class Quantized(NamedTuple):
@@ -132,13 +148,27 @@ class SequenceBatch(NamedTuple):
 
 
 class RecommenderLoss(NamedTuple):
-    """Cross-entropy of the next item's symbols."""
+    """Cross-entropy of the next item's symbols, and what a recommender asks for beside it."""
 
     total: Tensor
     """Scalar, mean over all predicted symbols, in nats."""
     steps: Tensor
     """(S,) mean cross-entropy of each step, detached, NaN where nothing is predicted; where all SIDs are of one length,
     the sum is an item's cost."""
+    beside: Mapping[str, Tensor] = MappingProxyType({})
+    """Further terms of what is minimised, scalars that carry their weight already, by name."""
+
+
+class Catalogue(NamedTuple):
+    """What ranking reads of all items, made once for a table and the weights of a recommender."""
+
+    symbols: Tensor
+    """(N, S) long, the table; -1 behind the suffix of a SID that is shorter than S."""
+    trie: "PrefixTrie"
+    """The tree of these symbols."""
+    items: Tensor | None = None
+    """(N, D) the vector that each item is read as, where a recommender reads one an item; None where it reads
+    symbols."""
 
 
 class Ranking(NamedTuple):
@@ -212,8 +242,12 @@ class Recommender(Protocol):
         """Return the training loss of a batch; ``tokens`` are those of ``batch.unique``."""
         ...
 
-    def rank(
-        self, batch: SequenceBatch, symbols: Tensor, trie: "PrefixTrie", beams: int, *, exclude_seen: bool
-    ) -> Ranking:
-        """Return the ``beams`` best items of each history; ``symbols`` (N, S) are those of the whole table."""
+    def catalogue(self, symbols: Tensor, trie: "PrefixTrie") -> Catalogue:
+        """Return what ``rank`` reads of all items: the symbols (N, S) of the table, their tree, what follows from them
+        and the weights as they are now.
+        """
+        ...
+
+    def rank(self, batch: SequenceBatch, catalogue: Catalogue, beams: int, *, exclude_seen: bool) -> Ranking:
+        """Return the ``beams`` best items of each history."""
         ...

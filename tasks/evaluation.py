@@ -36,13 +36,11 @@ def ranker(recommender: RecommenderCheckpoint, sids: SidTable, config: EvaluateC
     device = device_of("auto")
     module = load_recommender(recommender, sids).to(device)
     symbols = table_symbols(sids).to(device)
-    trie = build_trie(symbols)
+    catalogue = module.catalogue(symbols, build_trie(symbols))
 
     def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
         rows = held_out_rows(frame)
-        return rank_rows(
-            module, rows, symbols, trie, config.batch_size, config.beams, exclude_seen=exclude_seen
-        )
+        return rank_rows(module, rows, catalogue, config.batch_size, config.beams, exclude_seen=exclude_seen)
 
     return rank
 

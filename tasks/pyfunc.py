@@ -10,6 +10,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import polars as pl
+import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from components.artifacts import Bundle
@@ -33,8 +34,9 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
         device = device_of("auto")
         self.items = bundle.catalog.items
         self.recommender = load_recommender(bundle.recommender, bundle.sids).to(device)
-        self.symbols = table_symbols(bundle.sids).to(device)
-        self.trie = build_trie(self.symbols)
+        symbols = table_symbols(bundle.sids).to(device)
+        with torch.no_grad():
+            self.catalogue = self.recommender.catalogue(symbols, build_trie(symbols))
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -69,8 +71,7 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
         ranking = rank_rows(
             self.recommender,
             rows,
-            self.symbols,
-            self.trie,
+            self.catalogue,
             BATCH,
             max(k, BEAMS),
             exclude_seen=bool(wanted["exclude_seen"]),

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from flytekit import task
 
-from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable
+from components.artifacts import ContentEmbeddings, RecommenderCheckpoint, SequenceSplit, SidTable
 from components.training.recommender import RecommenderStage, train_recommender
 from tasks import runtime
 from tasks.checkpoints import resumable
@@ -16,6 +16,7 @@ from tasks.tracking import tracked
 def fit_recommender(
     split: Annotated[SequenceSplit, by_content],
     sids: Annotated[SidTable, by_content],
+    embeddings: Annotated[ContentEmbeddings, by_content],
     config: RecommenderStage,
     run_id: str = "",
     name: str = "",
@@ -25,12 +26,13 @@ def fit_recommender(
     Args:
         split: Folder of a SequenceSplit.
         sids: Folder of the SidTable that names its items.
+        embeddings: Folder of the ContentEmbeddings of its items.
         config: Recipe, a YAML file or JSON. Keys: make keys SECTION=recommender.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
         name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked(f"fit_recommender {name}".strip(), config, run_id, [split, sids]) as run:
-        checkpoint = train_recommender(split, sids, config, run.log, *resumable())
+    with tracked(f"fit_recommender {name}".strip(), config, run_id, [split, sids, embeddings]) as run:
+        checkpoint = train_recommender(split, sids, embeddings, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
         run.output(checkpoint)
         return checkpoint

@@ -43,10 +43,14 @@ def stages(tiny, joint_step):
 
 def test_the_timed_steps_of_an_epoch_train_what_the_loop_trains(joint_step, stages) -> None:
     both = JointConfig(recommender=STAGE)
-    frozen = train_recommender(stages.split, stages.sids, STAGE, _ignore)
+    frozen = train_recommender(stages.split, stages.sids, stages.embeddings, STAGE, _ignore)
     moved = train_jointly(*stages, both, _ignore).recommender
     for module, train, trained in (
-        (recommender, lambda: train_recommender(stages.split, stages.sids, STAGE, _ignore), frozen),
+        (
+            recommender,
+            lambda: train_recommender(stages.split, stages.sids, stages.embeddings, STAGE, _ignore),
+            frozen,
+        ),
         (joint, lambda: train_jointly(*stages, both, _ignore), moved),
     ):
         arm = joint_step.stopped_at_the_loop(module, train)

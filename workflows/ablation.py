@@ -147,7 +147,12 @@ def _two_stage(name: str, recipe: Recipe, data: Shared, made: Made) -> Outcome:
     """Train on frozen SIDs."""
     start = _start(name, recipe, data, made)
     recommender = fit_recommender(
-        split=data.split, sids=start.sids, config=recipe.recommender, run_id=data.run_id, name=name
+        split=data.split,
+        sids=start.sids,
+        embeddings=data.embeddings,
+        config=recipe.recommender,
+        run_id=data.run_id,
+        name=name,
     )
     start.collisions >> recommender
     return Outcome(_evaluate(name, recipe, data, start.sids, recommender), start.collisions, recommender)

@@ -74,7 +74,11 @@ def train_and_evaluate(config: Promise, run_id: Promise, named: Named) -> Evalua
     """Train on the frozen SIDs once they have passed the gate, and evaluate beside the baselines."""
     baselines = evaluate_baselines(split=named.split, config=config.evaluate, run_id=run_id)
     recommender = fit_recommender(
-        split=named.split, sids=named.sids, config=config.recommender, run_id=run_id
+        split=named.split,
+        sids=named.sids,
+        embeddings=named.embeddings,
+        config=config.recommender,
+        run_id=run_id,
     )
     named.collisions >> recommender
     report = evaluate_recommender(

@@ -9,14 +9,25 @@ from components.folders import ArtifactError
 from components.recommenders import causal
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.tiger import Tiger, TigerConfig
-from components.seams import SymbolSpace
+from components.seams import ItemFacts, SymbolSpace
 from components.tokenizers.sids import space_of
 
 RecommenderConfig = Annotated[CausalConfig | TigerConfig, Field(discriminator="kind")]
 
 
-def build_recommender(config: RecommenderConfig, space: SymbolSpace) -> Causal | Tiger:
+def build_recommender(
+    config: RecommenderConfig, space: SymbolSpace, facts: ItemFacts | None = None
+) -> Causal | Tiger:
     """Build the recommender that a configuration names, with fresh weights from torch's global stream.
+
+    Parameters
+    ----------
+    config : RecommenderConfig
+        One kind of the union.
+    space : SymbolSpace
+        What SIDs are written in.
+    facts : ItemFacts, optional
+        What else is known of the items; recommenders that read symbols alone do without.
 
     Raises
     ------

@@ -17,7 +17,7 @@ from components.recommenders.code_heads import step_losses
 from components.recommenders.decoding import beam_search
 from components.recommenders.item_encoders import SymbolEmbedding, latest
 from components.recommenders.strings import Strings, lay_out
-from components.seams import BatchTokens, Ranking, RecommenderLoss, SequenceBatch, SymbolSpace
+from components.seams import BatchTokens, Catalogue, Ranking, RecommenderLoss, SequenceBatch, SymbolSpace
 from components.tokenizers.sids import symbol_counts
 from components.tokenizers.trie import PrefixTrie
 
@@ -98,9 +98,11 @@ class Causal(nn.Module):
             self.space,
         )
 
-    def rank(
-        self, batch: SequenceBatch, symbols: Tensor, trie: PrefixTrie, beams: int, *, exclude_seen: bool
-    ) -> Ranking:
+    def catalogue(self, symbols: Tensor, trie: PrefixTrie) -> Catalogue:
+        """Return the table and its tree: histories are read as symbols."""
+        return Catalogue(symbols, trie)
+
+    def rank(self, batch: SequenceBatch, catalogue: Catalogue, beams: int, *, exclude_seen: bool) -> Ranking:
         """Return the ``beams`` best items of each history.
 
         Its latest ``max_history`` items are read, or as many of these as ``max_tokens`` symbols hold.
@@ -108,17 +110,17 @@ class Causal(nn.Module):
         items = batch.unique[batch.items]
         excluded = items.masked_fill(~batch.mask, -1) if exclude_seen else None
         most = self.config.max_tokens
-        budget = None if most is None else (symbol_counts(symbols[items]), most)
+        budget = None if most is None else (symbol_counts(catalogue.symbols[items]), most)
         recent = latest(items, batch.mask, self.config.max_history, budget)
-        strings = lay_out(symbol_counts(symbols[recent.items]), recent.mask)
-        symbol_BN = symbols[recent.items.gather(1, strings.place), strings.step]
+        strings = lay_out(symbol_counts(catalogue.symbols[recent.items]), recent.mask)
+        symbol_BN = catalogue.symbols[recent.items.gather(1, strings.place), strings.step]
         hidden, context = self.stack(self._place(self.symbols.hard(symbol_BN), strings))
         last = hidden.gather(1, (strings.length - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))
         state = _State(last, recent.length, self.stack.start(context, strings.present))
         return beam_search(
             self,
             state,
-            trie,
+            catalogue.trie,
             self.space.starts,
             beams,
             excluded,

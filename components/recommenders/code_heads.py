@@ -26,7 +26,7 @@ def step_losses(
         One (P, D) a step, the states that predict it. Where SIDs differ in length, later steps have fewer.
     target : ItemTokens
         Tokens of the batch's unique items; with weights, the target is the soft one-hot, whose value is the
-        code and whose gradient is that of the assignment (DIGER, L_gen). Weights need SIDs of one length.
+        code and whose gradient is that of the assignment (DIGER, L_gen); a suffix is always hard.
     items : sequence of Tensor
         One (P,) long a step, indices of the predicted items among the unique ones.
     space : SymbolSpace
@@ -39,8 +39,22 @@ def step_losses(
             column_P = target.symbols[items_P, step] - space.starts[step]
             sums.append(F.cross_entropy(scores, column_P, reduction="sum"))
         else:
-            weights_PK = target.weights[step][items_P]
+            weights_PK = _over_range(target, items_P, step, space)
             sums.append(-(weights_PK * scores.log_softmax(dim=-1)).sum())
     steps = torch.stack(sums)
     counts = torch.tensor([len(items_P) for items_P in items], device=steps.device)
     return RecommenderLoss(steps.sum() / counts.sum(), steps.detach() / counts)
+
+
+def _over_range(target: ItemTokens, items_P: Tensor, step: int, space: SymbolSpace) -> Tensor:
+    """Return the weights (P, K) of soft targets over all symbols that a step may write."""
+    assert target.weights is not None
+    weights_PK = target.weights[step][items_P]
+    start, stop = space.range(step)
+    missing = stop - start - weights_PK.shape[1]
+    if not missing:
+        return weights_PK
+    symbols_P = target.symbols[items_P, step]
+    is_code = (symbols_P < space.num_codes)[:, None]
+    one_hot_PK = F.one_hot(symbols_P - start, stop - start)
+    return torch.where(is_code, F.pad(weights_PK, (0, missing)), one_hot_PK.to(weights_PK))

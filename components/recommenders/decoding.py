@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from components.data.batches import Rows, ranking_batches
-from components.seams import Ranking, Recommender
+from components.seams import Catalogue, Ranking, Recommender
 from components.tokenizers.trie import PrefixTrie
 
 
@@ -144,8 +144,7 @@ def _contains(sorted_BT: Tensor, values_BX: Tensor) -> Tensor:
 def rank_rows(
     recommender: Recommender,
     rows: Rows,
-    symbols: Tensor,
-    trie: PrefixTrie,
+    catalogue: Catalogue,
     batch_size: int,
     beams: int,
     *,
@@ -159,10 +158,8 @@ def rank_rows(
         In evaluation mode, on the device where ranking shall run.
     rows : Rows
         R histories; their targets are not read.
-    symbols : Tensor
-        (N, S) the whole SID table as symbols, on the recommender's device.
-    trie : PrefixTrie
-        The tree of these symbols, on the same device; built once for a table.
+    catalogue : Catalogue
+        What the recommender reads of all items, on its device; made once for a table and its weights.
     batch_size : int
         Users decoded at once.
     beams : int
@@ -178,6 +175,7 @@ def rank_rows(
     items = torch.empty(len(rows.start), beams, dtype=torch.long)
     scores = torch.empty(len(rows.start), beams)
     for which, batch in ranking_batches(rows, batch_size):
-        ranking = recommender.rank(batch.to(symbols.device), symbols, trie, beams, exclude_seen=exclude_seen)
+        batch = batch.to(catalogue.symbols.device)
+        ranking = recommender.rank(batch, catalogue, beams, exclude_seen=exclude_seen)
         items[which], scores[which] = ranking.items.cpu(), ranking.scores.cpu()
     return Ranking(items, scores)

@@ -23,13 +23,19 @@ class SymbolEmbedding(nn.Module):
 
     def forward(self, tokens: ItemTokens) -> Tensor:
         """Return (U, S, D); what stands behind the end of a SID is not to be read."""
+        hard_USD = self.hard(tokens.symbols)
         if tokens.weights is None:
-            return self.hard(tokens.symbols)
-        soft = [
-            weights_UK @ self.weight[slice(*self.space.range(level))]
-            for level, weights_UK in enumerate(tokens.weights)
-        ]
-        return torch.stack([*soft, self.hard(tokens.symbols[:, -1])], dim=1)
+            return hard_USD
+        soft_ULD = torch.stack([self.code(weights, level) for level, weights in enumerate(tokens.weights)], 1)
+        symbols_UL = tokens.symbols[:, :-1]
+        is_code = (symbols_UL >= 0) & (symbols_UL < self.space.num_codes)
+        return torch.cat(
+            [torch.where(is_code[..., None], soft_ULD, hard_USD[:, :-1]), hard_USD[:, -1:]], dim=1
+        )
+
+    def code(self, weights_xK: Tensor, level: int) -> Tensor:
+        """Return the weighted mean (..., D) of a level's codes."""
+        return weights_xK @ self.weight[slice(*self.space.codes(level))]
 
     def hard(self, symbols: Tensor) -> Tensor:
         """Return the vectors of symbols of any shape; -1, behind the end of a SID, reads as symbol 0."""

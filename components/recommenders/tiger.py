@@ -15,7 +15,7 @@ from components.recommenders.backbones import BeamCache, DecoderStack, EncoderSt
 from components.recommenders.code_heads import step_losses
 from components.recommenders.decoding import beam_search
 from components.recommenders.item_encoders import SymbolEmbedding, latest
-from components.seams import BatchTokens, Ranking, RecommenderLoss, SequenceBatch, SymbolSpace
+from components.seams import BatchTokens, Catalogue, Ranking, RecommenderLoss, SequenceBatch, SymbolSpace
 from components.tokenizers.trie import PrefixTrie
 
 # Unscaled attention and tied, unscaled logits start near uniform only if all weights start this small.
@@ -64,15 +64,18 @@ class Tiger(nn.Module):
         steps = self.space.num_steps
         return step_losses(self._logits, h_BSD.unbind(1), tokens.target, [batch.target] * steps, self.space)
 
-    def rank(
-        self, batch: SequenceBatch, symbols: Tensor, trie: PrefixTrie, beams: int, *, exclude_seen: bool
-    ) -> Ranking:
+    def catalogue(self, symbols: Tensor, trie: PrefixTrie) -> Catalogue:
+        """Return the table and its tree: histories are read as symbols."""
+        return Catalogue(symbols, trie)
+
+    def rank(self, batch: SequenceBatch, catalogue: Catalogue, beams: int, *, exclude_seen: bool) -> Ranking:
         """Return the ``beams`` best items of each history; its latest ``max_history`` items are read."""
         items = batch.unique[batch.items]
         excluded = items.masked_fill(~batch.mask, -1) if exclude_seen else None
         recent = latest(items, batch.mask, self.config.max_history)
-        memory, read = self._encode(self.symbols.hard(symbols[recent.items]), recent.mask)
-        return beam_search(self, self.decoder.start(memory, read), trie, self.space.starts, beams, excluded)
+        memory, read = self._encode(self.symbols.hard(catalogue.symbols[recent.items]), recent.mask)
+        state = self.decoder.start(memory, read)
+        return beam_search(self, state, catalogue.trie, self.space.starts, beams, excluded)
 
     def step(self, state: BeamCache, step: int, symbols: Tensor | None) -> tuple[Tensor, BeamCache]:
         """Write one symbol a beam (see ``decoding.CodeHead``)."""

@@ -37,6 +37,7 @@ from components.training.recommender import (
     Validator,
     check_items,
     epoch_batches,
+    item_facts,
     step_names,
     steps_an_epoch,
 )
@@ -225,7 +226,7 @@ def train_jointly(
     ----------
     DIGER (arXiv 2601.19711), sections 3.2 and 3.4, with the routing of the authors' gradient-fix release.
     """
-    check_items(split, sids)
+    check_items(split, sids, embeddings)
     if sids.tokenizer != tokenizer.fingerprint or tokenizer.embeddings != embeddings.fingerprint:
         raise ArtifactError(
             f"SidTable of tokenizer {sids.tokenizer[:12]}, tokenizer {tokenizer.fingerprint[:12]} of embeddings "
@@ -250,7 +251,7 @@ def train_jointly(
         generator=torch.Generator().manual_seed(stage.seed),
     ).to(device)
     check_rule(live)
-    recommender = build_recommender(stage.model, live.space).to(device)
+    recommender = build_recommender(stage.model, live.space, item_facts(split, embeddings)).to(device)
     optimizer = torch.optim.AdamW(
         [
             {
@@ -289,8 +290,8 @@ def train_jointly(
             + joint.commitment_weight * quantized.losses["commitment"]
             + joint.latent_reconstruction_weight * quantized.losses["latent_reconstruction"]
         )
-        parts = {"recommendation": recommendation, "quantisation": quantisation}
-        figures = {}
+        parts = {"recommendation": recommendation, "quantisation": quantisation, **loss.beside}
+        figures = dict(loss.beside)
         if joint.suffix_cost:
             assert tokens.target.weights is not None and occupied is not None
             # The weights of the target: each code is priced beside the others that the loss predicts with it.
@@ -327,8 +328,9 @@ def train_jointly(
         table = table_figures(live)
         if overfull is not None:
             raise Halt(f"epoch {number}: {overfull}", table)
+        catalogue = recommender.catalogue(live.symbols, build_trie(live.symbols))
         figures = {
-            **validator(recommender, live.symbols, build_trie(live.symbols)),
+            **validator(recommender, catalogue),
             "sids/churn": float(moved.float().mean()),
             "sids/churn_since_start": float((live.codes != first).any(dim=1).float().mean()),
             **table,

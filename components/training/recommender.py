@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable
+from components.artifacts import ContentEmbeddings, RecommenderCheckpoint, SequenceSplit, SidTable
 from components.config import Config
 from components.data.batches import (
     Ints,
@@ -19,17 +19,18 @@ from components.data.batches import (
     training_batches,
     window_rows,
 )
+from components.data.splits import count_events
 from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import contributions, ranks_in_lists
 from components.recommenders.build import RecommenderConfig, build_recommender
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.decoding import rank_rows
 from components.recommenders.tiger import Tiger, TigerConfig
-from components.seams import Recommender, SequenceBatch, SymbolSpace
+from components.seams import Catalogue, ItemFacts, Recommender, SequenceBatch, SymbolSpace
 from components.seeding import seed_everything
 from components.tokenizers.sids import symbol_counts
 from components.tokenizers.sources import FrozenSids
-from components.tokenizers.trie import PrefixTrie, build_trie
+from components.tokenizers.trie import build_trie
 from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
 
 
@@ -141,13 +142,12 @@ class Validator:
         self._rows: Rows = held_out_rows(valid.sample(min(config.users, len(valid)), seed=seed, shuffle=True))
         self._config = config
 
-    def __call__(self, recommender: Recommender, symbols: Tensor, trie: PrefixTrie) -> dict[str, float]:
+    def __call__(self, recommender: Recommender, catalogue: Catalogue) -> dict[str, float]:
         """Return R@10 and N@10 with seen items kept."""
         ranking = rank_rows(
             recommender,
             self._rows,
-            symbols,
-            trie,
+            catalogue,
             self._config.batch_size,
             self._config.beams,
             exclude_seen=False,
@@ -167,6 +167,7 @@ def step_names(space: SymbolSpace) -> list[str]:
 def train_recommender(
     split: SequenceSplit,
     sids: SidTable,
+    embeddings: ContentEmbeddings,
     config: RecommenderStage,
     log: Log,
     save: Callable[[State], None] = lambda state: None,
@@ -180,6 +181,8 @@ def train_recommender(
         Training sequences and validation targets; the test targets are not read.
     sids : SidTable
         Frozen names of the items.
+    embeddings : ContentEmbeddings
+        Content vectors of the items; read by an ``intrr`` with ``text``.
     config : RecommenderStage
         Model and recipe.
     log : callable
@@ -190,13 +193,13 @@ def train_recommender(
     Raises
     ------
     ArtifactError
-        The table names another number of items than the split.
+        Table, split and embeddings have not the same number of items.
     """
-    check_items(split, sids)
+    check_items(split, sids, embeddings)
     device = device_of(config.device)
     generator = seed_everything(config.seed)
     source = FrozenSids(sids).to(device)
-    recommender = build_recommender(config.model, source.space).to(device)
+    recommender = build_recommender(config.model, source.space, item_facts(split, embeddings)).to(device)
     optimizer = torch.optim.AdamW(
         recommender.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
     )
@@ -209,7 +212,11 @@ def train_recommender(
     def step(batch: SequenceBatch) -> Mapping[str, Tensor]:
         batch = batch.to(device)
         loss = recommender.loss(batch, source.tokens(batch.unique))
-        return {"loss": loss.total, **dict(zip(names, loss.steps, strict=True))}
+        return {
+            "loss": loss.total + sum(loss.beside.values()),
+            **dict(zip(names, loss.steps, strict=True)),
+            **loss.beside,
+        }
 
     result = fit(
         {"recommender": recommender},
@@ -217,7 +224,7 @@ def train_recommender(
         cosine(optimizer, config.optim.warmup_steps, steps),
         epoch_batches(recommender, split.train, counts, config, generator),
         step,
-        lambda epoch: validator(recommender, source.symbols, trie),
+        lambda epoch: validator(recommender, recommender.catalogue(source.symbols, trie)),
         config.loop,
         select="valid_N@10",
         generator=generator,
@@ -234,16 +241,31 @@ def train_recommender(
         metrics=result.metrics,
         provenance=Provenance(
             config=config.model_dump(mode="json"),
-            parents={"SequenceSplit": split.fingerprint, "SidTable": sids.fingerprint},
+            parents={
+                "SequenceSplit": split.fingerprint,
+                "SidTable": sids.fingerprint,
+                "ContentEmbeddings": embeddings.fingerprint,
+            },
             seed=config.seed,
         ),
     )
 
 
-def check_items(split: SequenceSplit, sids: SidTable) -> None:
-    """Refuse a table of another catalogue."""
+def item_facts(split: SequenceSplit, embeddings: ContentEmbeddings) -> ItemFacts:
+    """Return which items have training events, and their content vectors."""
+    counts = torch.from_numpy(count_events(split.train["sequence"], split.num_items))
+    return ItemFacts(counts > 0, embeddings.matrix)
+
+
+def check_items(split: SequenceSplit, sids: SidTable, embeddings: ContentEmbeddings) -> None:
+    """Refuse a table or content vectors of another catalogue."""
     if split.num_items != sids.num_items:
         raise ArtifactError(
             f"the SidTable names {sids.num_items} items, the SequenceSplit has {split.num_items}: "
             "they come from different catalogues"
+        )
+    if split.num_items != len(embeddings.matrix):
+        raise ArtifactError(
+            f"the ContentEmbeddings describe {len(embeddings.matrix)} items, the SequenceSplit has "
+            f"{split.num_items}: they come from different catalogues"
         )

@@ -19,7 +19,7 @@ from components.recommenders.build import (
 )
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.tiger import Tiger, TigerConfig
-from components.seams import BatchTokens, ItemTokens, SequenceBatch, SymbolSpace
+from components.seams import BatchTokens, Catalogue, ItemTokens, SequenceBatch, SymbolSpace
 from components.tokenizers.sids import space_of
 from components.tokenizers.trie import build_trie
 
@@ -294,7 +294,9 @@ def test_a_loaded_recommender_ranks_as_the_saved_one(
     assert type(loaded) is type(model) and loaded.config == case.config and not loaded.training
     with torch.no_grad():
         sids = symbols(case.space)
-        lists = [m.rank(batch(), sids, build_trie(sids), 5, exclude_seen=True) for m in (model, loaded)]
+        lists = [
+            m.rank(batch(), Catalogue(sids, build_trie(sids)), 5, exclude_seen=True) for m in (model, loaded)
+        ]
     assert torch.equal(lists[0].items, lists[1].items) and torch.equal(lists[0].scores, lists[1].scores)
 
 

@@ -16,7 +16,7 @@ from components.recommenders.build import build_recommender
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.decoding import beam_search
 from components.recommenders.tiger import Tiger, TigerConfig
-from components.seams import BatchTokens, ItemTokens, Ranking, SequenceBatch, SymbolSpace
+from components.seams import BatchTokens, Catalogue, ItemTokens, Ranking, SequenceBatch, SymbolSpace
 from components.tokenizers.trie import build_trie
 
 SPACE = SymbolSpace((4, 3), 3)
@@ -99,7 +99,9 @@ def rank(
     *,
     exclude_seen: bool = False,
 ) -> Ranking:
-    return model.rank(batch_of(histories), symbols, build_trie(symbols), beams, exclude_seen=exclude_seen)
+    return model.rank(
+        batch_of(histories), Catalogue(symbols, build_trie(symbols)), beams, exclude_seen=exclude_seen
+    )
 
 
 def check(found: Ranking, expected: list[dict[int, float]], width: int) -> None:

@@ -18,7 +18,15 @@ from components.data.batches import Rows, cut_batches, pad, row_symbols, window_
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.item_encoders import latest
 from components.recommenders.strings import lay_out
-from components.seams import BatchTokens, ItemTokens, Ranking, RecommenderLoss, SequenceBatch, SymbolSpace
+from components.seams import (
+    BatchTokens,
+    Catalogue,
+    ItemTokens,
+    Ranking,
+    RecommenderLoss,
+    SequenceBatch,
+    SymbolSpace,
+)
 from components.tokenizers.sids import symbol_counts
 from components.tokenizers.trie import build_trie
 
@@ -74,7 +82,7 @@ def rank(model: Causal, histories: list[list[int]], *, exclude_seen: bool = Fals
     symbols = table(model.space)
     batch = batch_of(histories, [0] * len(histories))
     with torch.no_grad():
-        return model.rank(batch, symbols, build_trie(symbols), ITEMS, exclude_seen=exclude_seen)
+        return model.rank(batch, Catalogue(symbols, build_trie(symbols)), ITEMS, exclude_seen=exclude_seen)
 
 
 def same(one: Ranking, other: Ranking) -> None:
@@ -179,7 +187,10 @@ def test_full_sids_rank_the_same_where_shorter_ones_could_have_been() -> None:
     with torch.no_grad():
         for exclude_seen in (False, True):
             same(
-                *(m.rank(batch, symbols, trie, ITEMS, exclude_seen=exclude_seen) for m in (fixed, open_ended))
+                *(
+                    m.rank(batch, Catalogue(symbols, trie), ITEMS, exclude_seen=exclude_seen)
+                    for m in (fixed, open_ended)
+                )
             )
 
 

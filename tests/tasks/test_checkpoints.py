@@ -32,7 +32,7 @@ def _attempt(source: str | None, destination: Path):
 
 
 def test_an_interrupted_attempt_is_continued(tiny, flyte_home: Path, tmp_path: Path) -> None:
-    whole = train_recommender(tiny.split, tiny.sids, STAGE, lambda step, values: None)
+    whole = train_recommender(tiny.split, tiny.sids, tiny.embeddings, STAGE, lambda step, values: None)
 
     class Interrupted(Exception):
         pass
@@ -45,7 +45,7 @@ def test_an_interrupted_attempt_is_continued(tiny, flyte_home: Path, tmp_path: P
         first = resumable()
         assert first.resume is None
         with pytest.raises(Interrupted):
-            train_recommender(tiny.split, tiny.sids, STAGE, preempt, *first)
+            train_recommender(tiny.split, tiny.sids, tiny.embeddings, STAGE, preempt, *first)
     epochs: list[float] = []
     with _attempt(str(tmp_path / "first"), tmp_path / "second"):
         second = resumable()

@@ -17,7 +17,7 @@ from components.recommenders.build import load_recommender
 from components.recommenders.causal import CausalConfig
 from components.recommenders.decoding import rank_rows
 from components.recommenders.tiger import TigerConfig
-from components.seams import SequenceBatch
+from components.seams import Catalogue, SequenceBatch
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.sids import SidConfig, assign, assign_codes, table_symbols
 from components.tokenizers.sources import LiveSids
@@ -56,7 +56,12 @@ def _recall(split, checkpoint: RecommenderCheckpoint, sids: SidTable) -> float:
     rows = held_out_rows(split.test)
     symbols = table_symbols(sids)
     ranking = rank_rows(
-        load_recommender(checkpoint, sids), rows, symbols, build_trie(symbols), 128, 10, exclude_seen=False
+        load_recommender(checkpoint, sids),
+        rows,
+        Catalogue(symbols, build_trie(symbols)),
+        128,
+        10,
+        exclude_seen=False,
     )
     return float(contributions(ranks_in_lists(ranking.items.numpy(), rows.target), ["R@10"]).mean())
 
@@ -76,7 +81,7 @@ def joint(tiny):
 
 def test_both_stages_find_the_planted_structure(tiny) -> None:
     """The next group is known, the item in it only by popularity: 0.81 is the most, popularity has 0.39."""
-    frozen = train_recommender(tiny.split, tiny.sids, LEARNS, _ignore)
+    frozen = train_recommender(tiny.split, tiny.sids, tiny.embeddings, LEARNS, _ignore)
     joint = train_jointly(
         tiny.split, tiny.embeddings, tiny.tokenizer, tiny.sids, JointConfig(recommender=LEARNS), _ignore
     )
@@ -198,7 +203,7 @@ def test_artefacts_of_different_runs_are_refused(tiny, joint) -> None:
         num_items=tiny.split.num_items + 1,
     )
     with pytest.raises(ArtifactError, match="names 120 items, the SequenceSplit has 121"):
-        train_recommender(fewer, tiny.sids, STAGE, _ignore)
+        train_recommender(fewer, tiny.sids, tiny.embeddings, STAGE, _ignore)
 
 
 def test_joint_without_gradient_is_the_two_stage_run_bit_for_bit(tiny) -> None:
@@ -206,7 +211,7 @@ def test_joint_without_gradient_is_the_two_stage_run_bit_for_bit(tiny) -> None:
     stage = JointStage(
         routing="historical", codebook_weight=0, commitment_weight=0, latent_reconstruction_weight=0
     )
-    frozen = train_recommender(tiny.split, tiny.sids, STAGE, _ignore)
+    frozen = train_recommender(tiny.split, tiny.sids, tiny.embeddings, STAGE, _ignore)
     config = JointConfig(recommender=STAGE, joint=stage)
     joint = train_jointly(tiny.split, tiny.embeddings, tiny.tokenizer, tiny.sids, config, _ignore)
     assert frozen.weights.keys() == joint.recommender.weights.keys()

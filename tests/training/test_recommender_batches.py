@@ -121,7 +121,9 @@ def test_sids_of_unequal_length_can_be_learned(tiny, unequal) -> None:
         optim=OptimConfig(lr=5e-3, warmup_steps=20),
     )
     logged: list[dict[str, float]] = []
-    trained = train_recommender(tiny.split, unequal, config, lambda step, values: logged.append(dict(values)))
+    trained = train_recommender(
+        tiny.split, unequal, tiny.embeddings, config, lambda step, values: logged.append(dict(values))
+    )
     losses = [values["loss"] for values in logged if "loss" in values]
     assert losses[-1] < 0.8 * losses[0]
     assert trained.metrics["valid_R@10"] > 3 * 10 / tiny.split.num_items
@@ -129,4 +131,6 @@ def test_sids_of_unequal_length_can_be_learned(tiny, unequal) -> None:
 
 def test_tiger_is_not_trained_on_sids_of_unequal_length(tiny, unequal) -> None:
     with pytest.raises(ValueError, match="tiger reads SIDs of one length"):
-        train_recommender(tiny.split, unequal, stage(TigerConfig(**SIZE)), lambda step, values: None)
+        train_recommender(
+            tiny.split, unequal, tiny.embeddings, stage(TigerConfig(**SIZE)), lambda step, values: None
+        )

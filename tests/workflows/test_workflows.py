@@ -298,6 +298,7 @@ def test_a_stage_runs_alone_in_its_own_process(first, data, recipe):
     script = str(Path(sys.executable).with_name("pyflyte"))
     stage = [script, "run", "tasks/recommender.py", "fit_recommender", "--config", str(recipe)]
     folders = ["--split", one_of(data, "SequenceSplit"), "--sids", one_of(data, "SidTable")]
+    folders += ["--embeddings", one_of(data, "ContentEmbeddings")]
     done = subprocess.run([*stage, *folders], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "RecommenderCheckpoint(fingerprint=" in done.stdout
@@ -311,6 +312,7 @@ def test_a_folder_of_another_kind_is_refused_with_both_named(first, data, recipe
 
     monkeypatch.chdir(ROOT)
     folders = ["--split", one_of(data, "SidTable"), "--sids", one_of(data, "SidTable")]
+    folders += ["--embeddings", one_of(data, "ContentEmbeddings")]
     stage = ["run", "tasks/recommender.py", "fit_recommender", "--config", str(recipe)]
     refused = CliRunner().invoke(pyflyte, [*stage, *folders])
     shown = " ".join(refused.output.replace("│", " ").split())
