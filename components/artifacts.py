@@ -182,6 +182,7 @@ class EmbeddingShard(Artifact):
 
 SEQUENCE = pl.Schema({"user_id": pl.UInt32(), "sequence": pl.List(pl.UInt32())})
 HELD_OUT = pl.Schema({"user_id": pl.UInt32(), "history": pl.List(pl.UInt32()), "target": pl.UInt32()})
+COLD = pl.Schema({"item_id": pl.UInt32()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,20 +190,27 @@ class SequenceSplit(Artifact):
     """Training sequences, oldest first and one row a user, and one held-out target a user for valid and test.
 
     Every training event after a user's first is a training target, so prefixes are not written out.
+    ``cold``: items that training and validation leave out and test does not, often none.
     ``log`` and ``catalog`` are fingerprints.
     """
 
-    SCHEMAS = {"train": SEQUENCE, "valid": HELD_OUT, "test": HELD_OUT}
+    SCHEMAS = {"train": SEQUENCE, "valid": HELD_OUT, "test": HELD_OUT, "cold": COLD}
     train: pl.DataFrame
     valid: pl.DataFrame
     test: pl.DataFrame
+    cold: pl.DataFrame
     num_items: int
     protocol: str
     log: str
     catalog: str
 
     def check(self) -> None:
-        """Known items only, no empty history, one row a user."""
+        """Known items only, no empty history, one row a user; no cold item outside test."""
+        cold = self.cold["item_id"]
+        require(
+            cold.is_sorted() and cold.is_unique().all() and (cold.is_empty() or cold[-1] < self.num_items),
+            f"SequenceSplit.cold: items below {self.num_items} in ascending order, each once",
+        )
         for name, ids in (("train", "sequence"), ("valid", "history"), ("test", "history")):
             frame: pl.DataFrame = getattr(self, name)
             require(len(frame) > 0, f"SequenceSplit.{name} is empty")
@@ -214,6 +222,11 @@ class SequenceSplit(Artifact):
             ids_met = pl.concat([frame[ids].explode(), *([frame["target"]] if name != "train" else [])])
             highest = ids_met.to_numpy().max()
             require(highest < self.num_items, f"SequenceSplit.{name}: item {highest} of {self.num_items}")
+            if name != "test":
+                met = ids_met.filter(ids_met.is_in(cold.implode()))
+                require(
+                    met.is_empty(), f"SequenceSplit.{name}: item {met[:1].to_list()} is cold, for test alone"
+                )
 
     @property
     def num_training_targets(self) -> int:
@@ -483,11 +496,12 @@ def _check_row_is_item(name: str, frame: pl.DataFrame) -> None:
 class Ablation(Artifact):
     """Arms over seeds: every value, what becomes of it over the seeds, and the codes behind it.
 
-    ``runs``: values over all test users; baselines that no seed changes have a null seed.
+    ``runs``: values over all test users, and ``R@10 cold`` over the ``cold_users`` whose target is cold; baselines that
+    no seed changes have a null seed.
     ``summary``: over seeds, ``difference`` is ``arm`` minus ``against``, seed by seed; errors of one seed are null.
     ``codes`` and ``tables``: the SID table of each arm and seed, by level and as a whole; figures that its
     ``CollisionReport`` lacks are null.
-    ``users`` and ``items`` are counts, ``seeds`` the seeds, ``split`` a fingerprint.
+    ``users``, ``cold_users`` and ``items`` are counts, ``seeds`` the seeds, ``split`` a fingerprint.
     """
 
     SCHEMAS = {
@@ -551,6 +565,7 @@ class Ablation(Artifact):
     codes: pl.DataFrame
     tables: pl.DataFrame
     users: int
+    cold_users: int
     items: int
     seeds: list[int]
     split: str

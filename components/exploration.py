@@ -30,7 +30,7 @@ class _Assignment(Config):
     """Temperature of the soft assignment; larger spreads the gradient over more codes, codes stay the same."""
     forward: Literal["table", "sample"] = "table"
     """What the recommender reads and writes in training: the codes of the table, or those drawn now. A drawn
-    string keeps its item's suffix, which may then belong to another item of that string."""
+    string keeps its item's suffix, which may then belong to another item of that string. A dvae takes table alone."""
 
 
 class NoNoiseConfig(_Assignment):
@@ -173,7 +173,11 @@ class FrequencyDecay(nn.Module):
         return self.get_buffer(f"share{level}")
 
     def hot(self, greedy_U: Tensor, level: int) -> Tensor:
-        """Return who explores, (U,) bool, and count this batch (in training mode only)."""
+        """Return who explores, (U,) bool, and count this batch (in training mode only).
+
+        Items whose SID has no code on the level are -1: they are not counted, and what is returned for them means
+        nothing.
+        """
         if self.scope == "level":
             self._count(greedy_U, level)
             return self._test(greedy_U, level)
@@ -197,9 +201,10 @@ class FrequencyDecay(nn.Module):
     @torch.no_grad()
     def _count(self, greedy_U: Tensor, level: int) -> None:
         if self.training:
-            share_K = self.share(level)
-            batch_K = torch.bincount(greedy_U, minlength=len(share_K)) / len(greedy_U)
-            share_K.lerp_(batch_K, 1 - self.momentum)
+            share_K, present = self.share(level), greedy_U[greedy_U >= 0]
+            if len(present):
+                batch_K = torch.bincount(present, minlength=len(share_K)) / len(present)
+                share_K.lerp_(batch_K, 1 - self.momentum)
 
 
 class DeviationFrequencyDecay(nn.Module):

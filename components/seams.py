@@ -103,17 +103,15 @@ class Quantized(NamedTuple):
     """One pass of latents through the codebooks."""
 
     codes: Tensor
-    """(U, L) long, codes drawn with exploration noise."""
+    """(U, L) long, codes drawn with exploration noise; -1 where the item's SID has no code on the level."""
     greedy: Tensor
-    """(U, L) long, nearest codes on the same residuals, without noise."""
+    """(U, L) long, nearest codes on the same residuals, without noise; -1 likewise."""
     probabilities: tuple[Tensor, ...]
     """One (U, K) a level: the soft assignment, with gradient to codebooks and latents."""
-    latents: Tensor
-    """(U, Z) quantised latents, with gradient through the soft assignment."""
     noise: Tensor
     """(U, L) noise scale that each item got on each level, 0 where it explored nothing."""
     losses: dict[str, Tensor]
-    """Unweighted scalars: ``codebook``, ``commitment`` and ``latent_reconstruction``."""
+    """Unweighted scalars: ``codebook``, ``commitment`` and ``latent_reconstruction``; of a dvae its own terms."""
 
 
 class BatchTokens(NamedTuple):
@@ -183,8 +181,8 @@ class Ranking(NamedTuple):
 class Tokenizer(Protocol):
     """Content vectors to codes by residual quantisation of a latent: what joint training can move.
 
-    ``rqvae`` and ``rkmeans`` are of this kind. A ``dvae`` has one codebook in a space of its own and names items by
-    ``sids.name_items`` like the others, but is trained alone. Every tokenizer is a ``torch.nn.Module``.
+    ``rqvae`` and ``rkmeans`` are of this kind. A ``dvae`` has one codebook in a space of its own, and a live source of
+    its own (``tokenizers.live_dvae``). Every tokenizer is a ``torch.nn.Module``.
     """
 
     codebooks: nn.ParameterList
@@ -235,7 +233,15 @@ class SidSource(Protocol):
         ...
 
 
-class Recommender(Protocol):
+class Ranker(Protocol):
+    """What ranks the catalogue for histories."""
+
+    def rank(self, batch: SequenceBatch, catalogue: Catalogue, beams: int, *, exclude_seen: bool) -> Ranking:
+        """Return the ``beams`` best items of each history."""
+        ...
+
+
+class Recommender(Ranker, Protocol):
     """Predict the next item by writing its SID."""
 
     def loss(self, batch: SequenceBatch, tokens: BatchTokens) -> RecommenderLoss:
@@ -246,8 +252,4 @@ class Recommender(Protocol):
         """Return what ``rank`` reads of all items: the symbols (N, S) of the table, their tree, what follows from them
         and the weights as they are now.
         """
-        ...
-
-    def rank(self, batch: SequenceBatch, catalogue: Catalogue, beams: int, *, exclude_seen: bool) -> Ranking:
-        """Return the ``beams`` best items of each history."""
         ...

@@ -59,7 +59,7 @@ def ingest(config: IngestConfig, run_id: str = "") -> Ingested:
         return Ingested(log, catalog)
 
 
-@task(**runtime.CPU, cache=runtime.cached("1"))
+@task(**runtime.CPU, cache=runtime.cached("2"))
 def split(
     log: Annotated[InteractionLog, by_content],
     catalog: Annotated[ItemCatalog, by_content],
@@ -76,7 +76,13 @@ def split(
     """
     with tracked("split", config, run_id, [log, catalog]) as run:
         held = splits.hold_out(log, catalog, config)
-        run.metrics({"training_targets": held.num_training_targets, "test_users": len(held.test)})
+        run.metrics(
+            {
+                "training_targets": held.num_training_targets,
+                "test_users": len(held.test),
+                "cold_items": len(held.cold),
+            }
+        )
         run.say(f"{held.num_training_targets:,} training targets, {len(held.test):,} test users")
         run.output(held)
         return held

@@ -1,8 +1,9 @@
 """Rank the whole catalogue for every test user, and set methods side by side."""
 
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import polars as pl
+import torch
 from flytekit import Deck, task
 
 from components.artifacts import (
@@ -15,12 +16,14 @@ from components.artifacts import (
 from components.data.batches import held_out_rows
 from components.metrics import compare as comparing
 from components.metrics import report as reporting
+from components.metrics.beam_loss import beam_loss
 from components.metrics.compare import CompareConfig, html_table
 from components.metrics.figures import comparison_figure
 from components.metrics.report import EvaluateConfig, RankFn
 from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
-from components.seams import Ranking
+from components.recommenders.exact import NOT_EXACT, exact_ranker
+from components.seams import Ranker
 from components.tokenizers.sids import table_symbols
 from components.tokenizers.trie import build_trie
 from components.training.loop import device_of
@@ -31,18 +34,34 @@ from tasks.tracking import StageRun, tracked
 FAULTS = ("invalid", "duplicates", "seen_items")
 
 
-def ranker(recommender: RecommenderCheckpoint, sids: SidTable, config: EvaluateConfig) -> RankFn:
-    """Return the function that ranks held-out rows with a trained recommender."""
+class RankFns(NamedTuple):
+    """How a trained recommender ranks held-out rows."""
+
+    beam: RankFn
+    exact: RankFn | None
+    """None where it cannot score the whole catalogue."""
+
+
+@torch.no_grad()
+def rankers(recommender: RecommenderCheckpoint, sids: SidTable, config: EvaluateConfig) -> RankFns:
+    """Return the functions that rank held-out rows with a trained recommender."""
     device = device_of("auto")
     module = load_recommender(recommender, sids).to(device)
     symbols = table_symbols(sids).to(device)
     catalogue = module.catalogue(symbols, build_trie(symbols))
 
-    def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
-        rows = held_out_rows(frame)
-        return rank_rows(module, rows, catalogue, config.batch_size, config.beams, exclude_seen=exclude_seen)
+    def ranks_with(which: Ranker) -> RankFn:
+        return lambda frame, exclude_seen: rank_rows(
+            which,
+            held_out_rows(frame),
+            catalogue,
+            config.batch_size,
+            config.beams,
+            exclude_seen=exclude_seen,
+        )
 
-    return rank
+    exact = exact_ranker(module, catalogue)
+    return RankFns(ranks_with(module), None if exact is None else ranks_with(exact))
 
 
 def _log_metrics(run: StageRun, metrics: pl.DataFrame) -> None:
@@ -62,6 +81,16 @@ def record_method(run: StageRun, name: str, report: EvaluationReport) -> None:
     }
     run.metrics({f"faults/{fault}": count for fault, count in faults.items()})
     run.say(f"{sum(faults.values())} faulty entries in the lists (invalid, doubled, or seen and excluded)")
+
+
+def record_beam_loss(run: StageRun, lost: list[dict[str, Any]]) -> None:
+    """Log what the beam missed of the exact ranking."""
+    for row in lost:
+        figures = {name: value for name, value in row.items() if name not in ("seen", "users")}
+        run.metrics(
+            {f"beam/{row['seen']}/{name.replace(' ', '_')}": value for name, value in figures.items()}
+        )
+        run.say(f"seen items {row['seen']}: the beam lists {row['found']:.1%} of the exact top")
 
 
 @task(**runtime.CPU, cache=runtime.cached("1"))
@@ -106,8 +135,15 @@ def evaluate_recommender(
     with tracked(
         f"evaluate_recommender {name}", config, run_id, [recommender, sids, split, baselines]
     ) as run:
-        rank = ranker(recommender, sids, config)
-        report = reporting.evaluate_recommender(name, rank, split, config, baselines)
+        beam, exact = rankers(recommender, sids, config)
+        if config.decode == "exact":
+            if exact is None:
+                raise ValueError(NOT_EXACT)
+            report = reporting.evaluate_recommender(name, exact, split, config, baselines)
+        else:
+            lost = beam_loss(beam, exact, split, config) if exact is not None else []
+            report = reporting.evaluate_recommender(name, beam, split, config, baselines, lost)
+            record_beam_loss(run, lost)
         record_method(run, name, report)
         run.output(report)
         return report

@@ -48,7 +48,11 @@ SIGNATURE = ModelSignature(
         ]
     ),
     params=ParamSchema(
-        [ParamSpec("k", DataType.long, 10), ParamSpec("exclude_seen", DataType.boolean, True)]
+        [
+            ParamSpec("k", DataType.long, 10),
+            ParamSpec("exclude_seen", DataType.boolean, True),
+            ParamSpec("decode", DataType.string, "beam"),
+        ]
     ),
 )
 

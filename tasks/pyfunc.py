@@ -17,6 +17,8 @@ from components.artifacts import Bundle
 from components.data.batches import held_out_rows
 from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
+from components.recommenders.exact import exact_ranker
+from components.seams import Ranker
 from components.tokenizers.sids import table_symbols
 from components.tokenizers.trie import build_trie
 from components.training.loop import device_of
@@ -37,6 +39,9 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
         symbols = table_symbols(bundle.sids).to(device)
         with torch.no_grad():
             self.catalogue = self.recommender.catalogue(symbols, build_trie(symbols))
+        self.rankers: dict[str, Ranker] = {"beam": self.recommender}
+        if (exact := exact_ranker(self.recommender, self.catalogue)) is not None:
+            self.rankers["exact"] = exact
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -50,7 +55,8 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
         model_input : pandas.DataFrame
             Column ``history``: lists of raw item ids, oldest first. Ids that the catalogue lacks are ignored.
         params : dict, optional
-            ``k``: length of the lists; ``exclude_seen``: leave out the items of the history.
+            ``k``: length of the lists; ``exclude_seen``: leave out the items of the history; ``decode``: beam, or
+            exact where the model can score every item.
 
         Returns
         -------
@@ -61,15 +67,19 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            ``k`` is below 1, or a row has no item of the catalogue.
+            ``k`` is below 1, the model cannot decode so, or a row has no item of the catalogue.
         """
-        wanted = {"k": 10, "exclude_seen": True} | (params or {})
+        wanted: dict[str, Any] = {"k": 10, "exclude_seen": True, "decode": "beam"} | (params or {})
         k = int(wanted["k"])
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
+        if wanted["decode"] not in self.rankers:
+            raise ValueError(
+                f"decode must be one of {sorted(self.rankers)} for this model, got {wanted['decode']!r}"
+            )
         rows = held_out_rows(self._histories(model_input["history"]))
         ranking = rank_rows(
-            self.recommender,
+            self.rankers[wanted["decode"]],
             rows,
             self.catalogue,
             BATCH,

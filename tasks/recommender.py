@@ -5,6 +5,7 @@ from typing import Annotated
 from flytekit import task
 
 from components.artifacts import ContentEmbeddings, RecommenderCheckpoint, SequenceSplit, SidTable
+from components.metrics.sids import COLLAPSED_AT
 from components.training.recommender import RecommenderStage, train_recommender
 from tasks import runtime
 from tasks.checkpoints import resumable
@@ -34,5 +35,10 @@ def fit_recommender(
     with tracked(f"fit_recommender {name}".strip(), config, run_id, [split, sids, embeddings]) as run:
         checkpoint = train_recommender(split, sids, embeddings, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
+        if (epoch := checkpoint.metrics.get(COLLAPSED_AT)) is not None:
+            text = (
+                f"epoch {epoch:.0f}: the items' walks through the codebooks collapse (items/distinct_paths)"
+            )
+            run.mark("collapsed", text)
         run.output(checkpoint)
         return checkpoint

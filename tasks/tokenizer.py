@@ -28,14 +28,15 @@ from components.tokenizers import sids as naming
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.prefixes import prefix_errors
 from components.tokenizers.sids import SidConfig
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 from tasks import runtime
 from tasks.checkpoints import resumable
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("1", "name"))
+@task(**runtime.GPU, cache=runtime.cached("2", "name"))
 def fit_tokenizer(
     embeddings: Annotated[ContentEmbeddings, by_content],
     split: Annotated[SequenceSplit, by_content],
@@ -47,7 +48,8 @@ def fit_tokenizer(
 
     Args:
         embeddings: Folder of ContentEmbeddings.
-        split: Folder of the SequenceSplit whose training events say how popular items are.
+        split: Folder of the SequenceSplit whose training events say how popular items are, and whose cold items are
+            left out.
         config: Recipe, a YAML file or JSON. Keys: make keys SECTION=tokenizer.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
         name: What to add to the name of this MLflow run, where a pipeline has several of the stage.

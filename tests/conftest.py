@@ -33,7 +33,8 @@ from components.tokenizers.build import load_tokenizer
 from components.tokenizers.rkmeans import RkMeansConfig
 from components.tokenizers.sids import AssignmentRule, SidConfig, assign
 from components.tokenizers.sources import LiveSids, Paths
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,10 @@ from components.artifacts import (
     ItemCatalog,
     RecommenderCheckpoint,
     SasRecCheckpoint,
+    SequenceSplit,
     SidTable,
 )
+from components.data.splits import SplitConfig, hold_out
 from components.embeddings import LsaConfig, fit_encoder
 from components.folders import ArtifactError, Provenance
 
@@ -154,6 +156,28 @@ def test_log_invariants_name_the_row(tiny) -> None:
         dataclasses.replace(tiny.log, events=wrong)
     with pytest.raises(ArtifactError, match="wants columns"):
         dataclasses.replace(tiny.log, events=events.drop("rating"))
+
+
+def test_cold_items_come_back_and_stand_in_test_alone(tiny, tmp_path: Path) -> None:
+    split = hold_out(tiny.log, tiny.catalog, SplitConfig(cold_share=0.1))
+    split.save(tmp_path / "split")
+    again = SequenceSplit.load(tmp_path / "split")
+    assert again.fingerprint == split.fingerprint and again.cold.equals(split.cold) and len(again.cold) == 12
+
+    def cold(*items: int) -> SequenceSplit:
+        frame = pl.DataFrame({"item_id": items}, schema=SequenceSplit.SCHEMAS["cold"])
+        return dataclasses.replace(split, cold=frame)
+
+    one, two = again.cold["item_id"][:2].to_list()
+    for wrong in ((two, one), (one, one), (one, split.num_items)):
+        with pytest.raises(ValueError, match=f"cold: items below {split.num_items} in ascending order, each"):
+            cold(*wrong)
+    with pytest.raises(ValueError, match=r"SequenceSplit.train: item \[\d+\] is cold, for test alone"):
+        cold(split.train["sequence"][3][0])
+    for column, values in (("target", one), ("history", [two])):
+        known = split.valid.with_columns(pl.lit(values, split.valid.schema[column]).alias(column))
+        with pytest.raises(ValueError, match=r"SequenceSplit.valid: item \[\d+\] is cold"):
+            dataclasses.replace(split, valid=known)
 
 
 def test_embeddings_must_be_finite(tiny) -> None:

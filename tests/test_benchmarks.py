@@ -1,7 +1,9 @@
-"""What the benchmarks time is what training does."""
+"""What the benchmarks time is what training and ranking do."""
 
+import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from components.training import joint, recommender
 from components.training.joint import JointConfig, JointStage, train_jointly
 from components.training.loop import LoopConfig
 from components.training.recommender import RecommenderStage, train_recommender
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 
 SIZES = {"dim": 16, "layers": 1, "heads": 2, "head_dim": 8, "hidden": 32, "max_history": 5}
 STAGE = RecommenderStage(
@@ -120,3 +123,95 @@ def test_packed_arms_are_timed_in_turn_after_the_warm_up(tiny, packing) -> None:
         assert len(packed.rates) == len(packed.pairs) == 2 and min(packed.rates) > 0
         assert not torch.equal(packed.arm.modules["recommender"].out.weight, before[name])
         assert 0 < sum(packed.symbols) <= sum(packed.positions)
+
+
+@pytest.fixture(scope="module")
+def recommenders(benchmark_script) -> ModuleType:
+    return benchmark_script("recommenders")
+
+
+@pytest.fixture(scope="module")
+def costed(tiny, recommenders):
+    """Random SIDs of the planted items, and every recommender in one small size."""
+    sids = recommenders.random_sids(tiny.split.num_items)
+    models = recommenders.models(STAGE.model, max_history=5)
+    return sids, models
+
+
+def test_recommenders_that_are_compared_are_of_one_size(recommenders, costed) -> None:
+    _, models = costed
+    assert list(models) == ["causal", "tiger", "intrr"] == [model.kind for model in models.values()]
+    for model in models.values():
+        assert {name: getattr(model, name) for name in SIZES} == SIZES
+
+
+def test_an_epoch_has_the_same_pairs_for_every_recommender(tiny, recommenders, costed) -> None:
+    sids, models = costed
+    for name, model in models.items():
+        arm = recommenders.training_arm(tiny.split, sids, model, STAGE)
+        pairs = sum(recommenders.training_pairs(arm, batch) for batch in arm.batches(0))
+        assert pairs == tiny.split.num_training_targets, name
+
+
+def test_recommenders_train_in_turn_and_are_timed_after_the_warm_up(tiny, recommenders, costed) -> None:
+    sids, models = costed
+    arms = {name: recommenders.training_arm(tiny.split, sids, model, STAGE) for name, model in models.items()}
+    before = {name: arm.modules["recommender"].symbols.weight.clone() for name, arm in arms.items()}
+    spent = recommenders.time_training(arms, 2, STAGE.loop.clip_norm)
+    for name, arm in arms.items():
+        assert len(spent[name].cpu) == len(spent[name].wall) == len(spent[name].done) == 2
+        assert min(spent[name].cpu) > 0 and min(spent[name].done) > 0
+        assert not torch.equal(arm.modules["recommender"].symbols.weight, before[name])
+
+
+def test_peak_memory_is_that_of_the_steps_and_not_of_the_process_that_asks(
+    tiny, recommenders, costed, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "recommenders", recommenders)  # a fresh process looks it up by name
+    sids, models = costed
+    limit = 2**30
+    assert np.ones(limit, dtype=np.uint8).all()  # the peak of this process is above the limit from here on
+    stage = STAGE.model_copy(update={"batch_size": 8})
+    peak = recommenders.alone(recommenders.peak_of_training, tiny.split, sids, models["causal"], stage, 2)
+    assert 0 < peak.before < peak.after < limit
+
+
+def test_timed_requests_are_ranked_by_every_recommender(tiny, recommenders, costed) -> None:
+    decoders = recommenders.decoders(tiny.split, *costed)
+    assert list(decoders) == ["causal", "tiger", "intrr", recommenders.EXACT]
+    items, request = tiny.split.num_items, recommenders.Request(users=2, history=4, beams=3)
+    spent = recommenders.time_decoding(decoders, [request], items, 2)
+    assert {name: len(arm.wall) for name, arm in spent[request].items()} == dict.fromkeys(decoders, 2)
+    assert all(set(arm.done) == {request.users} for arm in spent[request].values())
+
+    batch = recommenders.random_batch(request, items)
+    assert batch.mask.shape == (2, 4) and bool(batch.mask.all())
+    with torch.inference_mode():
+        for name, rank in decoders.items():
+            assert rank(batch, 3).items.shape == (2, 3), name
+        beam, exact = (decoders[name](batch, items) for name in ("intrr", recommenders.EXACT))
+    torch.testing.assert_close(beam.scores, exact.scores, atol=1e-5, rtol=1e-5)
+
+
+def test_the_table_sets_every_recommender_against_causal(recommenders) -> None:
+    spent = {
+        name: recommenders.Spent([s] * 3, [s] * 3, [4] * 3) for name, s in (("causal", 0.5), ("tiger", 1))
+    }
+    peaks = {"causal": recommenders.Peak(2**20, 2**21), "tiger": recommenders.Peak(2**20, 2**22)}
+    decoded = {recommenders.Request(4, 8, 10): {**spent, "intrr exact": spent["causal"]}}
+    assert [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in recommenders.table(spent, peaks, decoded)
+    ] == [
+        ["", "causal", "tiger", "intrr exact", "tiger / causal", "intrr exact / causal"],
+        ["---"] * 6,
+        ["training, pairs per CPU-second", "8", "4", "-", "0.50", "-"],
+        ["training, peak memory MiB", "2", "4", "-", "2.00", "-"],
+        ["of it added by the steps", "1", "3", "-", "3.00", "-"],
+        [
+            "ms p50 / p95, 4 users, 8 items, 10 beams",
+            *["500.0 / 500.0", "1000.0 / 1000.0", "500.0 / 500.0"],
+            "2.00",
+            "1.00",
+        ],
+        ["users per CPU-second, 4 users, 8 items, 10 beams", "8", "4", "8", "0.50", "1.00"],
+    ]

@@ -93,13 +93,31 @@ def test_lengths_that_do_not_fit_together_are_refused_before_anything_runs(overr
         load_preset(PipelineConfig, "quickstart", overrides)
 
 
-def test_a_dvae_of_fixed_length_fits_both_recommenders_and_no_joint_training() -> None:
-    for kind in ("tiger", "causal"):
-        model = f"recommender.model={{kind: {kind}}}"
-        fixed = "tokenizer.model={kind: dvae, length: fixed}"
-        config = load_preset(PipelineConfig, "quickstart", [fixed, model])
-        with pytest.raises(ValueError, match="joint training moves the codewords of residual quantisation"):
-            config.check_joint()
+def test_a_dvae_trains_jointly_with_every_recommender_that_reads_its_names() -> None:
+    fixed = "tokenizer.model={kind: dvae, length: fixed}"
+    for tokenizer, kind in ((fixed, "tiger"), (fixed, "causal"), (DVAE, "causal")):
+        config = load_preset(PipelineConfig, "quickstart", [tokenizer, f"recommender.model={{kind: {kind}}}"])
+        config.check_joint()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["joint.exploration={kind: ste}"], "ste with forward=sample reads the codes drawn now"),
+        (["joint.exploration={kind: gumbel, forward: sample}"], "gumbel with forward=sample"),
+        (["sids.length=median"], "sids.length is median, joint.refresh.length argmax.*set both alike"),
+        (["joint.refresh.assignment=sinkhorn"], "joint.refresh.assignment sinkhorn"),
+    ],
+)
+def test_what_joint_training_of_a_dvae_cannot_do_is_refused_before_anything_runs(overrides, message) -> None:
+    config = load_preset(PipelineConfig, "quickstart", [DVAE, *overrides])
+    with pytest.raises(ValueError, match=message):
+        config.check_joint()
+
+
+def test_a_small_vocabulary_needs_no_wanted_top_probability() -> None:
+    """The logits of a dvae have scales of their own."""
+    load_preset(PipelineConfig, "quickstart", ["tokenizer.model={kind: dvae, vocabulary: 2, positions: 6}"])
 
 
 def test_a_resolved_config_resolves_to_itself() -> None:

@@ -10,13 +10,16 @@ from components.data.splits import SplitConfig
 from components.metrics.compare import CompareConfig
 from components.metrics.report import BASELINES, EvaluateConfig
 from components.metrics.sids import CollisionConfig
+from components.recommenders.exact import NOT_EXACT
+from components.recommenders.intrr import IntrrConfig
 from components.recommenders.tiger import TigerConfig
 from components.tokenizers.dvae import DvaeConfig
+from components.tokenizers.live_dvae import check_forward
 from components.tokenizers.sids import SidConfig, check_assignment
-from components.training.joint import NO_JOINT_DVAE, JointConfig, JointStage
+from components.training.joint import JointConfig, JointStage
 from components.training.recommender import RecommenderStage
 from components.training.sasrec import SasRecStage
-from components.training.tokenizer import TokenizerStage
+from components.training.tokenizer_stage import TokenizerStage
 from tasks.data import EmbeddingStage
 
 
@@ -76,7 +79,17 @@ class PipelineConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _decoding_fits(self) -> Self:
+        model = self.recommender.model
+        exactly = isinstance(model, IntrrConfig) and model.scores_exactly
+        if self.evaluate.decode == "exact" and not exactly:
+            raise ValueError(NOT_EXACT)
+        return self
+
+    @model_validator(mode="after")
     def _codebooks_fit_joint_training(self) -> Self:
+        if isinstance(self.tokenizer.model, DvaeConfig):
+            return self  # its logits have scales of their own
         smallest, wanted = min(self.tokenizer.model.codebook_sizes), self.joint.top_probability
         if self.joint.logit_scale is None and wanted * smallest <= 1:
             raise ValueError(
@@ -86,8 +99,8 @@ class PipelineConfig(Config):
         return self
 
     def check_joint(self) -> None:
-        """Refuse, before anything is trained, a joint run of a tokenizer that it cannot move, or of a table that it
-        would refresh by another rule than made it.
+        """Refuse, before anything is trained, a joint run that would read codes drawn by a dvae, or refresh a table
+        by another rule than made it.
 
         Raises
         ------
@@ -95,9 +108,9 @@ class PipelineConfig(Config):
             The message names the keys that differ.
         """
         if isinstance(self.tokenizer.model, DvaeConfig):
-            raise ValueError(NO_JOINT_DVAE)
+            check_forward(self.joint.exploration)
         made, refreshed = self.sids, self.joint.refresh
-        keys = ["assignment"] + ["epsilon", "iterations"] * (made.assignment == "sinkhorn")
+        keys = ["assignment", "length"] + ["epsilon", "iterations"] * (made.assignment == "sinkhorn")
         for key in keys:
             if getattr(made, key) != getattr(refreshed, key):
                 raise ValueError(

@@ -11,7 +11,7 @@ from components.artifacts import Ablation, CollisionReport, EvaluationReport, Re
 from components.folders import ArtifactError, Provenance
 from components.metrics.compare import HEADLINE, TITLES, short, signed
 from components.metrics.ranking import COVERAGE
-from components.metrics.report import BASELINES
+from components.metrics.report import BASELINES, COLD, headline_rows
 from components.metrics.sids import COLLAPSED_AT
 
 DECISIVE = "N@10"
@@ -104,6 +104,7 @@ def ablate(measured: Sequence[Measured]) -> Ablation:
             orient="row",
         ),
         users=int(first.details["users"]["all"]),
+        cold_users=int(first.details["users"].get("cold", 0)),
         items=next((int(m.collisions.figures["items"]) for m in measured if m.collisions is not None), 0),
         seeds=sorted({each.seed for each in measured}),
         split=first.split,
@@ -199,7 +200,7 @@ def _users(each: Measured) -> pl.DataFrame:
 
 
 def _baselines(report: EvaluationReport) -> pl.DataFrame:
-    rows = report.metrics.filter(pl.col("method").is_in(BASELINES), pl.col("slice") == "all")
+    rows = headline_rows(report.metrics).filter(pl.col("method").is_in(BASELINES))
     return rows.select(
         pl.col("method").alias("arm"),
         pl.lit(BASELINE).alias("method"),
@@ -212,7 +213,7 @@ def _baselines(report: EvaluationReport) -> pl.DataFrame:
 
 def _values(each: Measured) -> pl.DataFrame:
     name = run_name(each.arm, each.seed)
-    rows = each.report.metrics.filter(pl.col("method") == name, pl.col("slice") == "all")
+    rows = headline_rows(each.report.metrics).filter(method=name)
     return rows.select(
         pl.lit(each.arm).alias("arm"),
         pl.lit(each.method).alias("method"),
@@ -259,7 +260,7 @@ def _parents(measured: Sequence[Measured]) -> Iterator[tuple[str, str]]:
 def headline(ablation: Ablation, metrics: Sequence[str] = HEADLINE) -> dict[str, float]:
     """Return means, and differences with their errors, as ``arm/seen/metric/mean``; what is null is left out."""
     figures = ("mean", "standard_error", "difference", "difference_se")
-    rows = ablation.summary.filter(pl.col("metric").is_in(list(metrics))).iter_rows(named=True)
+    rows = ablation.summary.filter(pl.col("metric").is_in([*metrics, COLD])).iter_rows(named=True)
     return {
         f"{row['arm']}/{row['seen']}/{row['metric']}/{figure}": row[figure]
         for row in rows

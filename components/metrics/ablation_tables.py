@@ -1,4 +1,4 @@
-"""An ablation as tables: values and differences, codes, lengths; in a terminal, in Markdown and in HTML."""
+"""An ablation as tables: values and differences, cold items, codes, lengths; in a terminal, in Markdown and in HTML."""
 
 from collections import Counter
 from html import escape
@@ -12,7 +12,7 @@ from rich.text import Text
 from components.artifacts import Ablation
 from components.metrics.ablation import DECISIVE, ERRORS, chance_adoption, verdicts
 from components.metrics.compare import HEADLINE, short, signed
-from components.metrics.report import blocks_of
+from components.metrics.report import COLD, blocks_of
 
 DIFFERENCES = ("R@10", "N@10")
 """Metrics whose differences are shown."""
@@ -68,8 +68,10 @@ class Grid(NamedTuple):
 
 
 def grids(ablation: Ablation) -> list[Grid]:
-    """Lay the ablation out: values for each treatment of seen items, codes, then lengths and reconstruction."""
+    """Lay the ablation out: values for each treatment of seen items, cold items, codes, lengths and reconstruction."""
     values = [_values_grid(ablation, seen) for seen in blocks_of(ablation.summary["seen"])]
+    cold = _cold_grid(ablation)
+    values += [cold] if cold else []
     if not len(ablation.tables):
         return values
     lengths = _lengths_grid(ablation)
@@ -154,6 +156,39 @@ def _values_caption(ablation: Ablation, usual: str | None) -> str:
             f"{'arm was' if len(pairs) == 1 else 'arms were'} compared. "
         )
     return text + "Baselines have no seed. Other users would add to these errors."
+
+
+def _cold_grid(ablation: Ablation) -> Grid | None:
+    """Lay out R@10 on cold targets, a column a treatment of seen items; None if the split has none.
+
+    A table of its own: beside the differences, a terminal has no room for it.
+    """
+    found = ablation.summary.filter(metric=COLD)
+    if found.is_empty():
+        return None
+    blocks = blocks_of(found["seen"])
+    rows = [
+        [
+            str(arm),
+            *(
+                short(row["mean"]) + _margin(row["standard_error"])
+                for seen in blocks
+                for row in of_arm.filter(seen=seen).iter_rows(named=True)
+            ),
+        ]
+        for (arm,), of_arm in found.group_by("arm", maintain_order=True)
+    ]
+    error, over = (
+        (" ± SE", "mean and standard error over seeds") if len(ablation.seeds) > 1 else ("", "one seed")
+    )
+    return Grid(
+        "Cold items",
+        ["arm", *(f"R@10, seen {seen}{error}" for seen in blocks)],
+        rows,
+        ["" for _ in rows],
+        f"{ablation.cold_users:,} of {ablation.users:,} test users, those whose target training never met; {over}. "
+        "What knows items by their interactions alone finds these by chance.",
+    )
 
 
 def _codes_grid(ablation: Ablation) -> Grid:

@@ -17,13 +17,14 @@ from components.artifacts import Comparison, EvaluationReport
 from components.config import Config
 from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import contributions, paired_bootstrap
-from components.metrics.report import BASELINES, blocks_of
+from components.metrics.report import BASELINES, COLD, blocks_of, headline_rows
 
 HEADLINE = ("R@5", "R@10", "N@5", "N@10")
 TITLES = {
     "kept": "seen items kept in the ranking",
     "excluded": "seen items excluded",
 }
+COLD_MEANING = f" {COLD}: only users whose target training never met."
 
 
 class CompareConfig(Config):
@@ -111,40 +112,44 @@ def table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> Table:
     The best value of each column stands out, apart for seen items kept and excluded: the two never compare.
     """
     wide = _wide(comparison, metrics)
+    cold = COLD in wide.columns
     view = Table(
         box=box.SIMPLE_HEAD,
         header_style="bold",
-        caption="value and 95 % interval over test users; best of its block in green",
+        caption="value and 95 % interval over test users; best of its block in green"
+        + (f".{COLD_MEANING}" if cold else ""),
         caption_style="dim",
         caption_justify="left",
         pad_edge=False,
+        padding=(0, 0 if cold else 1, 0, 1),  # one column more in the same 80
     )
     view.add_column("method", no_wrap=True, overflow="ellipsis", max_width=18)
     view.add_column("seen", no_wrap=True, style="dim")
-    for metric in metrics:
+    for metric in wide.columns[2:]:
         view.add_column(metric, justify="right")
     for block in blocks_of(wide["seen"]):
         rows = wide.filter(pl.col("seen") == block)
         for number, row in enumerate(rows.iter_rows(named=True)):
-            cells = [_cell(row[metric], best=row[metric]["best"]) for metric in metrics]
+            cells = [_cell(row[metric], best=row[metric]["best"]) for metric in wide.columns[2:]]
             view.add_row(row["method"], block, *cells, end_section=number == len(rows) - 1)
     return view
 
 
 def headline(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> dict[str, float]:
-    """Return the values over all users as ``method/seen/metric``."""
-    rows = comparison.metrics.filter(pl.col("slice") == "all", pl.col("metric").is_in(list(metrics)))
+    """Return the values over all users, and on cold targets, as ``method/seen/metric``."""
+    rows = headline_rows(comparison.metrics).filter(pl.col("metric").is_in([*metrics, COLD]))
     name = pl.concat_str("method", "seen", "metric", separator="/")
     return dict(rows.select(name, "value").iter_rows())
 
 
 def markdown_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str:
     """Lay the comparison out as Markdown, with the 95 % intervals."""
-    lines = ["| method | seen | " + " | ".join(metrics) + " |", "|---|---|" + "---|" * len(metrics)]
     wide = _wide(comparison, metrics)
+    columns = wide.columns[2:]
+    lines = ["| method | seen | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for block in blocks_of(wide["seen"]):
         for row in wide.filter(pl.col("seen") == block).iter_rows(named=True):
-            cells = [f"{short(row[metric]['value'])} ({_interval(row[metric])})" for metric in metrics]
+            cells = [f"{short(row[metric]['value'])} ({_interval(row[metric])})" for metric in columns]
             method = row["method"].replace("|", "\\|")
             lines.append(f"| {method} | {block} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -153,16 +158,17 @@ def markdown_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) ->
 def html_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str:
     """Lay the comparison out as an HTML fragment with its own styles, for a page that has none."""
     wide = _wide(comparison, metrics)
+    columns = wide.columns[2:]
     number = "padding:4px 14px;text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap"
     name = "padding:4px 14px 4px 0;text-align:left"
     head = "".join(
         f'<th style="{number if i else name};border-bottom:2px solid #333">{escape(title)}</th>'
-        for i, title in enumerate(["method", *metrics])
+        for i, title in enumerate(["method", *columns])
     )
     body = []
     for block in blocks_of(wide["seen"]):
         body.append(
-            f'<tr><td colspan="{len(metrics) + 1}" style="padding:12px 0 3px;color:#555;font-style:italic;'
+            f'<tr><td colspan="{len(columns) + 1}" style="padding:12px 0 3px;color:#555;font-style:italic;'
             f'border-bottom:1px solid #ccc">{escape(TITLES[block])}</td></tr>'
         )
         for row in wide.filter(pl.col("seen") == block).iter_rows(named=True):
@@ -170,7 +176,7 @@ def html_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str
                 f'<td style="{number}{";font-weight:600;color:#00684a" if row[m]["best"] else ""}">'
                 f"{short(row[m]['value'])}"
                 f'<span style="color:#777;font-weight:400;font-size:85%"> {_interval(row[m])}</span></td>'
-                for m in metrics
+                for m in columns
             )
             body.append(f'<tr><td style="{name}">{escape(row["method"])}</td>{cells}</tr>')
     apart = " The two blocks do not compare with one another." if len(blocks_of(wide["seen"])) > 1 else ""
@@ -178,7 +184,7 @@ def html_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str
         '<table style="border-collapse:collapse;font:14px/1.4 system-ui,sans-serif;color:#222">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         '<p style="font:12px system-ui,sans-serif;color:#777">Value and 95 % interval over test users; '
-        f"best of its block in green.{apart}</p>"
+        f"best of its block in green.{COLD_MEANING if COLD in columns else ''}{apart}</p>"
     )
 
 
@@ -243,16 +249,22 @@ def _pairs(sides: list[_Side]) -> Iterator[tuple[int, int]]:
 
 
 def _wide(comparison: Comparison, metrics: Sequence[str]) -> pl.DataFrame:
-    """One row a method and treatment of seen items; a struct of value, low, high, best for each metric."""
-    rows = comparison.metrics.filter(pl.col("slice") == "all", pl.col("metric").is_in(list(metrics)))
-    missing = sorted(set(metrics) - set(rows["metric"]))
+    """One row a method and treatment of seen items; a struct of value, low, high, best for each metric.
+
+    The metrics stand in the order given, behind them R@10 on cold targets if the reports have it.
+    """
+    rows = headline_rows(comparison.metrics).filter(pl.col("metric").is_in([*metrics, COLD]))
+    found = set(rows["metric"])
+    missing = sorted(set(metrics) - found)
     if missing:
         raise ValueError(
             f"the reports hold no {missing}; they hold {sorted(set(comparison.metrics['metric']))}"
         )
     best = (pl.col("value") == pl.col("value").max().over("seen", "metric")).alias("best")
-    return rows.with_columns(cell=pl.struct("value", "low", "high", best)).pivot(
-        on="metric", index=["method", "seen"], values="cell"
+    return (
+        rows.with_columns(cell=pl.struct("value", "low", "high", best))
+        .pivot(on="metric", index=["method", "seen"], values="cell")
+        .select("method", "seen", *metrics, *found.intersection([COLD]))
     )
 
 

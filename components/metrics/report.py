@@ -23,6 +23,8 @@ from components.seams import Ranking
 
 BASELINES = ("popularity", "itemknn")
 SEEN = ("kept", "excluded")
+COLD = "R@10 cold"
+"""Name of R@10 on the slice ``cold`` in tables, beside the metrics over all users."""
 RANKS = EvaluationReport.SCHEMAS["ranks"]
 METRICS = EvaluationReport.SCHEMAS["metrics"]
 
@@ -44,6 +46,9 @@ class EvaluateConfig(Config):
     """Length of every method's list: beams of a generative method; a target further down is a miss, also in MRR."""
     seen: list[Literal["kept", "excluded"]] = Field(["kept", "excluded"], min_length=1)
     """Rank with the items of the history kept in the lists, excluded from them, or both; each costs one ranking."""
+    decode: Literal["beam", "exact"] = "beam"
+    """How recommenders that write SIDs rank: by beam search, or from exact scores of all items, which only intrr with
+    writes=ran and context=last has. Where both are possible, a report of the beam states what it missed."""
     coverage_k: int = Field(10, ge=1)
     """Catalogue coverage is the share of items that stand in the first so many places of some user's list."""
     batch_size: int = Field(128, ge=1)
@@ -120,7 +125,12 @@ def evaluate_baselines(split: SequenceSplit, config: EvaluateConfig) -> Evaluati
 
 
 def evaluate_recommender(
-    name: str, rank_fn: RankFn, split: SequenceSplit, config: EvaluateConfig, baselines: EvaluationReport
+    name: str,
+    rank_fn: RankFn,
+    split: SequenceSplit,
+    config: EvaluateConfig,
+    baselines: EvaluationReport,
+    lost: list[dict[str, Any]] | None = None,
 ) -> EvaluationReport:
     """Evaluate one method on the test targets and set it beside the baselines.
 
@@ -137,6 +147,8 @@ def evaluate_recommender(
         Settings; those of the baselines, but for the batch size.
     baselines : EvaluationReport
         What ``evaluate_baselines`` returned for this split; its rows stand in the new report too.
+    lost : list of dict, optional
+        What ``beam_loss`` found; kept in ``details["beam_loss"]``.
 
     Raises
     ------
@@ -167,7 +179,8 @@ def evaluate_recommender(
                 f"for each of {len(split.test)} rows"
             )
         found[name, seen] = inspect_lists(items[:, : config.beams], split, config, seen=seen)
-    own = _report(found, split, config, {}, parents={"EvaluationReport": baselines.fingerprint})
+    beam = {"beam_loss": [{"method": name} | row for row in lost]} if lost else {}
+    own = _report(found, split, config, beam, parents={"EvaluationReport": baselines.fingerprint})
     details = baselines.details | own.details
     details["lists"] = baselines.details["lists"] + own.details["lists"]
     return EvaluationReport(
@@ -251,7 +264,7 @@ def measure(
     split: SequenceSplit,
     config: EvaluateConfig,
 ) -> pl.DataFrame:
-    """Compute one method's metrics on all users, and on those whose target is in the head or in the tail.
+    """Compute one method's metrics on all users, and on those of each slice by target.
 
     A slice without users has no rows. Coverage is not a mean over users and has no interval (null).
     """
@@ -276,12 +289,26 @@ def slices(split: SequenceSplit, head_share: float) -> dict[str, NDArray[np.bool
     Returns
     -------
     dict
-        ``all``, ``head`` and ``tail``, each (U,) bool.
+        ``all``, ``head`` and ``tail``, each (U,) bool; with cold items ``cold`` too, whose targets training never met.
     """
     counts = count_events(split.train["sequence"], split.num_items)
     head_items = np.argsort(-counts, kind="stable")[: max(1, round(head_share * split.num_items))]
-    head = np.isin(split.test["target"].to_numpy(), head_items)
-    return {"all": np.ones(len(head), dtype=bool), "head": head, "tail": ~head}
+    targets = split.test["target"].to_numpy()
+    head = np.isin(targets, head_items)
+    parts = {"all": np.ones(len(head), dtype=bool), "head": head, "tail": ~head}
+    return parts | ({"cold": np.isin(targets, split.cold["item_id"].to_numpy())} if len(split.cold) else {})
+
+
+def headline_rows(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of a report's metrics over all users, and where it has the slice R@10 on cold targets.
+
+    Returns
+    -------
+    DataFrame
+        As given, less other slices; the metric of the cold rows is ``COLD``.
+    """
+    cold = metrics.filter(slice="cold", metric="R@10").with_columns(metric=pl.lit(COLD))
+    return pl.concat([metrics.filter(slice="all"), cold])
 
 
 def _validation_score(scorer: Scorer, split: SequenceSplit, config: EvaluateConfig) -> float:
@@ -321,6 +348,8 @@ def _report(
             )
         )
         metrics.append(measure(method, seen, lists.ranks, lists.coverage, split, config))
+    users = {part: int(mask.sum()) for part, mask in slices(split, config.head_share).items()}
+    cold = {"cold": {"items": len(split.cold), "targets": users["cold"]}} if len(split.cold) else {}
     target_seen = split.test.select(pl.col("history").list.contains(pl.col("target")).sum()).item()
     return EvaluationReport(
         ranks=pl.concat(ranks),
@@ -328,10 +357,11 @@ def _report(
         split=split.fingerprint,
         details={
             "config": _settings(config),
-            "users": {part: int(mask.sum()) for part, mask in slices(split, config.head_share).items()},
+            "users": users,
             "targets_in_history": int(target_seen),
             "lists": [{"method": m, "seen": s} | lists.faults for (m, s), lists in found.items()],
         }
+        | cold
         | details,
         provenance=Provenance(
             config=_settings(config), parents={"SequenceSplit": split.fingerprint} | parents, seed=config.seed

@@ -85,13 +85,16 @@ class CausalStack(nn.Module):
         )
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
 
-    def forward(self, x_BND: Tensor) -> tuple[Tensor, list[KeysValues]]:
-        """Run whole sequences; return hidden states and every layer's keys and values."""
+    def forward(self, x_BND: Tensor, bias: Tensor | None = None) -> tuple[Tensor, list[KeysValues]]:
+        """Run whole sequences; return hidden states and every layer's keys and values.
+
+        A bias (N, N) on the scores, -inf where a token is not to be read, stands in for the causal mask.
+        """
         context = []
         for layer in self.layers:
             y = layer.attention_norm(x_BND)
             context.append(layer.attention.project(y))
-            x_BND = x_BND + layer.dropout(layer.attention(y, context[-1], causal=True))
+            x_BND = x_BND + layer.dropout(layer.attention(y, context[-1], bias, causal=bias is None))
             x_BND = x_BND + layer.dropout(layer.feed_forward(layer.forward_norm(x_BND)))
         return self.norm(x_BND), context
 

@@ -2,22 +2,24 @@
 
 from typing import Annotated
 
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from components.artifacts import RecommenderCheckpoint, SidTable
 from components.folders import ArtifactError
 from components.recommenders import causal
 from components.recommenders.causal import Causal, CausalConfig
+from components.recommenders.intrr import Intrr, IntrrConfig
 from components.recommenders.tiger import Tiger, TigerConfig
 from components.seams import ItemFacts, SymbolSpace
 from components.tokenizers.sids import space_of
 
-RecommenderConfig = Annotated[CausalConfig | TigerConfig, Field(discriminator="kind")]
+RecommenderConfig = Annotated[CausalConfig | TigerConfig | IntrrConfig, Field(discriminator="kind")]
 
 
 def build_recommender(
     config: RecommenderConfig, space: SymbolSpace, facts: ItemFacts | None = None
-) -> Causal | Tiger:
+) -> Causal | Tiger | Intrr:
     """Build the recommender that a configuration names, with fresh weights from torch's global stream.
 
     Parameters
@@ -33,7 +35,7 @@ def build_recommender(
     ------
     ValueError
         The recommender cannot read SIDs of this space: ``tiger`` those of unequal length, ``causal`` those that
-        its ``max_tokens`` has no room for.
+        its ``max_tokens`` has no room for. Or an ``intrr`` is asked for without facts.
     """
     match config:
         case CausalConfig():
@@ -45,6 +47,10 @@ def build_recommender(
                     f"{space.num_levels} codes: take causal, or a tokenizer of fixed length"
                 )
             return Tiger(config, space)
+        case IntrrConfig():
+            if facts is None:
+                raise ValueError("intrr has a vector for every item: it needs the ItemFacts of the catalogue")
+            return Intrr(config, space, facts)
 
 
 def check_paths(config: RecommenderConfig, *, history: bool, teacher_forcing: bool) -> None:
@@ -66,11 +72,11 @@ def check_paths(config: RecommenderConfig, *, history: bool, teacher_forcing: bo
     match config:
         case CausalConfig():
             causal.check_paths(history=history, teacher_forcing=teacher_forcing)
-        case TigerConfig():
+        case TigerConfig() | IntrrConfig():
             pass
 
 
-def load_recommender(checkpoint: RecommenderCheckpoint, table: SidTable) -> Causal | Tiger:
+def load_recommender(checkpoint: RecommenderCheckpoint, table: SidTable) -> Causal | Tiger | Intrr:
     """Rebuild a trained recommender for the table that it was trained with, in evaluation mode.
 
     Raises
@@ -80,10 +86,13 @@ def load_recommender(checkpoint: RecommenderCheckpoint, table: SidTable) -> Caus
     """
     checkpoint.check_sids(table)
     try:
-        config: CausalConfig | TigerConfig = TypeAdapter(RecommenderConfig).validate_python(checkpoint.config)
+        config: RecommenderConfig = TypeAdapter(RecommenderConfig).validate_python(checkpoint.config)
     except ValidationError as error:
         raise ArtifactError(f"RecommenderCheckpoint.config is not one this sidflow knows: {error}") from error
-    recommender = build_recommender(config, space_of(table))
+    # Shapes alone count here: what an intrr knows of its items travels with its weights.
+    width = checkpoint.weights["text"].shape[1] if "text" in checkpoint.weights else 1
+    facts = ItemFacts(torch.ones(table.num_items, dtype=torch.bool), torch.ones(table.num_items, width))
+    recommender = build_recommender(config, space_of(table), facts)
     try:
         recommender.load_state_dict(checkpoint.weights, strict=True)
     except RuntimeError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from components.data.batches import Rows, ranking_batches
-from components.seams import Catalogue, Ranking, Recommender
+from components.seams import Catalogue, Ranker, Ranking
 from components.tokenizers.trie import PrefixTrie
 
 
@@ -142,7 +142,7 @@ def _contains(sorted_BT: Tensor, values_BX: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rank_rows(
-    recommender: Recommender,
+    recommender: Ranker,
     rows: Rows,
     catalogue: Catalogue,
     batch_size: int,
@@ -154,8 +154,8 @@ def rank_rows(
 
     Parameters
     ----------
-    recommender : Recommender
-        In evaluation mode, on the device where ranking shall run.
+    recommender : Ranker
+        A recommender, or what ranks from its exact scores; in evaluation mode, on the device where ranking shall run.
     rows : Rows
         R histories; their targets are not read.
     catalogue : Catalogue

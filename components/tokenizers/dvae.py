@@ -193,15 +193,27 @@ class Dvae(nn.Module):
         unit_VH = F.normalize(self.codebook, dim=1)
         embedded, divergences, residuals = [], [], []
         for t in range(self.config.positions):
-            logits_BV = self._logits(self.dropout(u_BH), unit_VH, t)
+            logits_BV = self.logits(self.dropout(u_BH), unit_VH, t)
             weights_BV = F.gumbel_softmax(logits_BV, tau)
             embedded.append(weights_BV @ self.table)
             divergences.append(self._divergence(logits_BV.log_softmax(dim=1)))
             if t + 1 < self.config.positions:
-                u_BH = self._subtract(u_BH, weights_BV @ self.codebook, t)
+                u_BH = self.subtract(u_BH, weights_BV @ self.codebook, t)
                 residuals.append(u_BH)
         hazards = self._hazards(x_BD, residuals)
         return Message(torch.stack(embedded, dim=1), torch.stack(divergences, dim=1), hazards)
+
+    def logits(self, u_BH: Tensor, unit_VH: Tensor, t: int) -> Tensor:
+        """Return the logits (B, V) of position t, from 0, given the state after the codes before it.
+
+        ``unit_VH`` is the codebook with rows of length 1, which all positions share.
+        """
+        return self.log_logit_scale[t].exp() * (F.normalize(u_BH, dim=1) @ unit_VH.T)
+
+    def subtract(self, u_BH: Tensor, word_BH: Tensor, t: int) -> Tensor:
+        """Return the state (B, H) after position t: a share of its codeword taken off, and scaled back."""
+        rest: Tensor = self.norm(u_BH - self.log_residual_scale[t].exp() * word_BH)
+        return rest
 
     def decode(self, embedded_BTG: Tensor) -> Tensor:
         """Return the reconstruction (B, T, D) of every prefix, a unit vector, from embedded tokens."""
@@ -282,11 +294,11 @@ class Dvae(nn.Module):
         unit_VH = F.normalize(self.codebook, dim=1)
         codes, divergences, residuals = [], [], []
         for t in range(self.config.positions):
-            log_p = self._logits(u_NH, unit_VH, t).log_softmax(dim=1)
+            log_p = self.logits(u_NH, unit_VH, t).log_softmax(dim=1)
             codes.append(log_p.argmax(dim=1))
             divergences.append(self._divergence(log_p))
             if t + 1 < self.config.positions:
-                u_NH = self._subtract(u_NH, self.codebook[codes[-1]], t)
+                u_NH = self.subtract(u_NH, self.codebook[codes[-1]], t)
                 residuals.append(u_NH)
         codes_NT = torch.stack(codes, dim=1)
         error_NT = (x_ND[:, None] - self.decode(self.table[codes_NT])).square().sum(dim=-1)
@@ -297,15 +309,8 @@ class Dvae(nn.Module):
             log_q = stopping.log_pmf(self._hazards(x_ND, residuals))
         return Names(codes_NT, log_q, error_NT, F.relu(torch.stack(divergences, dim=1) - self.config.free))
 
-    def _logits(self, u_BH: Tensor, unit_VH: Tensor, t: int) -> Tensor:
-        return self.log_logit_scale[t].exp() * (F.normalize(u_BH, dim=1) @ unit_VH.T)
-
     def _divergence(self, log_p_BV: Tensor) -> Tensor:
         return math.log(self.config.vocabulary) + (log_p_BV.exp() * log_p_BV).sum(dim=1)
-
-    def _subtract(self, u_BH: Tensor, word_BH: Tensor, t: int) -> Tensor:
-        rest: Tensor = self.norm(u_BH - self.log_residual_scale[t].exp() * word_BH)
-        return rest
 
     def _hazards(self, x_BD: Tensor, residuals: list[Tensor]) -> Tensor:
         if self.config.length == "fixed":

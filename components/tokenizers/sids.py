@@ -41,6 +41,9 @@ class AssignmentRule(Config):
     """Only for sinkhorn: entropy weight relative to half the range of the distances."""
     iterations: int = Field(50, ge=1)
     """Only for sinkhorn: rounds of scaling."""
+    length: LengthRule = "argmax"
+    """Only for dvae: where a name stops. argmax or median of the learned posterior, or the optimum for its codes by
+    the price rule, which needs no learned stop."""
 
 
 class SidConfig(AssignmentRule):
@@ -51,9 +54,6 @@ class SidConfig(AssignmentRule):
     suffix_order: Literal["item_id", "popularity"] = "item_id"
     """Who gets suffix 0 among items of equal codes: the lowest item id, or the item with most training interactions,
     so that a suffix says something. Beside an earlier table suffixes stay, and newcomers go by item id."""
-    length: LengthRule = "argmax"
-    """Only for dvae: where a name stops. argmax or median of the learned posterior, or the optimum for its codes by
-    the price rule, which needs no learned stop."""
     other_embeddings: Literal["refuse", "accept"] = "refuse"
     """What to do with embeddings that the tokenizer was not trained on: accept them for a grown catalogue
     that the same encoder has read."""
@@ -130,7 +130,7 @@ def assign(
 
 
 @torch.no_grad()
-def name_items(tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, config: SidConfig) -> Tensor:
+def name_items(tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, rule: AssignmentRule) -> Tensor:
     """Return the codes (N, T) long of all items, -1 behind the last code of a name that stops early.
 
     Raises
@@ -140,12 +140,12 @@ def name_items(tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, config: SidConfi
     """
     match tokenizer:
         case RqVae() | RkMeans():
-            return assign_codes(tokenizer.latents(x_ND), list(tokenizer.codebooks), config)
+            return assign_codes(tokenizer.latents(x_ND), list(tokenizer.codebooks), rule)
         case Dvae():
-            check_assignment(config)
+            check_assignment(rule)
             names = tokenizer.names(x_ND)
             at_T = torch.arange(names.codes.shape[1], device=names.codes.device)
-            reached = at_T < tokenizer.lengths(names, config.length)[:, None]
+            reached = at_T < tokenizer.lengths(names, rule.length)[:, None]
             return names.codes.masked_fill(~reached, -1)
 
 

@@ -1,7 +1,8 @@
 """Where items' tokens come from: a frozen table, or a tokenizer that is still learning.
 
-The live source sends the gradient through the current soft assignment. What the recommender reads is by default
-the code of the table ("table forward"), so that noise never changes it; otherwise the code drawn now.
+A live source sends the gradient through the current soft assignment. What the recommender reads is by default
+the code of the table ("table forward"), so that noise never changes it; otherwise the code drawn now. ``LiveSids`` is
+that of residual quantisation, ``live_dvae.LiveDvae`` that of a dvae.
 Shapes: U items, N items of the catalogue, L levels, K codes, Z latent width, S steps.
 """
 
@@ -18,8 +19,15 @@ from components.artifacts import SidTable
 from components.exploration import ExplorationConfig, build_exploration, pick
 from components.folders import Provenance
 from components.seams import BatchTokens, Exploration, ItemTokens, Quantized, SymbolSpace, Tokenizer
-from components.tokenizers.quantize import squared_distances, straight_through
-from components.tokenizers.sids import AssignmentRule, assign_codes, codes_to_table, space_of, table_symbols
+from components.tokenizers.quantize import residual_codes, squared_distances, straight_through
+from components.tokenizers.sids import (
+    AssignmentRule,
+    assign_codes,
+    codes_to_table,
+    space_of,
+    symbol_counts,
+    table_symbols,
+)
 
 SCALE_ROWS = 4096
 """The logit scales are found on about so many items: more do not move them by a percent."""
@@ -115,7 +123,6 @@ def explore(
         torch.stack(codes, dim=1),
         torch.stack(greedy, dim=1),
         tuple(probabilities),
-        total,
         torch.stack(noises, dim=1),
         {
             "codebook": codebook_loss / len(codebooks),
@@ -175,18 +182,130 @@ def logit_scales(z_NZ: Tensor, codebooks: Sequence[Tensor], top_probability: flo
     return torch.tensor(scales, dtype=torch.float32, device=z_NZ.device)
 
 
-class LiveSids(nn.Module):
-    """Tokens of a tokenizer in training: codes from a table that is refreshed, gradient from the assignment.
+class LiveTable(nn.Module):
+    """The table of a live source, and the stream of its noise: what follows a tokenizer in training.
 
-    Buffers hold the table, so the state of this module is tokenizer, table and noise **of one moment**.
+    Buffers hold the table, so the state of a live source is tokenizer, table and noise **of one moment**.
     """
 
     codes: Tensor
     suffix: Tensor
     starts: Tensor
+
+    def __init__(self, table: SidTable, space: SymbolSpace, generator: torch.Generator) -> None:
+        super().__init__()
+        self.space, self.generator = space, generator
+        symbols = table_symbols(table)
+        last = symbol_counts(symbols)[:, None] - 1
+        starts, codes = torch.tensor(space.starts), symbols.scatter(1, last, -1)[:, :-1]
+        self.register_buffer("codes", torch.where(codes < 0, -1, codes - starts[:-1]))
+        self.register_buffer("suffix", symbols.gather(1, last)[:, 0] - space.num_codes)
+        self.register_buffer("starts", starts)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the noise, so that a resumed run draws what an unbroken one would."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the state of the noise."""
+        self.generator.set_state(state.cpu())
+
+    @property
+    def symbols(self) -> Tensor:
+        """The table as symbols (N, S), -1 behind the suffix of a shorter SID."""
+        return self.write(self.codes, self.suffix)
+
+    def write(self, codes_UL: Tensor, suffix_U: Tensor) -> Tensor:
+        """Return the symbols (U, S) of codes, -1 behind the last, and suffixes (U,)."""
+        symbols = F.pad(torch.where(codes_UL < 0, -1, codes_UL + self.starts[:-1]), (0, 1), value=-1)
+        length_U1 = (codes_UL >= 0).sum(dim=1, keepdim=True)
+        return symbols.scatter(1, length_U1, suffix_U[:, None] + self.space.num_codes)
+
+    @torch.no_grad()
+    def follow(self, codes_NL: Tensor) -> Tensor:
+        """Give every item these codes; one that has them already keeps its suffix.
+
+        Returns
+        -------
+        Tensor
+            (N,) bool, items whose codes changed.
+
+        Raises
+        ------
+        OverfullBucket
+            More items share codes than there are suffixes; the table is then as it was.
+        """
+        moved = (codes_NL != self.codes).any(dim=1)
+        if not bool(moved.any()):
+            return moved
+        table = codes_to_table(
+            codes_NL,
+            list(self.space.codebook_sizes),
+            self.space.suffix_size,
+            "",
+            self.table(),
+            shared=self.space.shared,
+        )
+        self.codes, suffix = codes_NL, torch.from_numpy(table.codes["suffix"].to_numpy().astype("int64"))
+        self.suffix = suffix.to(codes_NL.device)
+        return moved
+
+    def table(self, tokenizer: str = "", provenance: Provenance | None = None) -> SidTable:
+        """Return the table as an artefact; ``tokenizer`` is the fingerprint of the weights that made it."""
+        frame = pl.DataFrame({"codes": self.codes.cpu().numpy(), "suffix": self.suffix.cpu().numpy()}).select(
+            item_id=pl.int_range(pl.len(), dtype=pl.UInt32),
+            codes=pl.col("codes").arr.to_list().list.filter(pl.element() >= 0).cast(pl.List(pl.UInt16)),
+            suffix=pl.col("suffix").cast(pl.UInt16),
+        )
+        return SidTable(
+            codes=frame,
+            codebook_sizes=list(self.space.codebook_sizes),
+            suffix_size=self.space.suffix_size,
+            shared=self.space.shared,
+            tokenizer=tokenizer,
+            provenance=provenance or Provenance(),
+        )
+
+
+def attach(
+    symbols_US: Tensor, codes_UL: Tensor, probabilities: Sequence[Tensor], paths: Paths
+) -> BatchTokens:
+    """Return tokens that read ``codes`` on every path, and send gradient to the soft assignment on the open ones.
+
+    Parameters
+    ----------
+    symbols_US : Tensor
+        What is read and written.
+    codes_UL : Tensor
+        The codes among these symbols; -1 behind the last.
+    probabilities : sequence of Tensor
+        One (U, K) a level, the soft assignment.
+    paths : Paths
+        The ways that are open.
+    """
+    hard = ItemTokens(symbols_US)
+    if not (paths.history or paths.teacher_forcing or paths.target):
+        return BatchTokens(hard, hard, hard)
+
+    def soft(weight: float) -> ItemTokens:
+        levels = zip(codes_UL.clamp(min=0).T, probabilities, strict=True)
+        return ItemTokens(symbols_US, tuple(straight_through(code_U, weight * p) for code_U, p in levels))
+
+    plain = soft(1.0)
+    target = plain if paths.target_weight == 1 else soft(paths.target_weight)
+    return BatchTokens(
+        plain if paths.history else hard,
+        plain if paths.teacher_forcing else hard,
+        target if paths.target else hard,
+    )
+
+
+class LiveSids(LiveTable):
+    """Tokens of a residual tokenizer in training: codes of a table that is refreshed, gradient of the assignment."""
+
     scales: Tensor
-    _x_ND: Tensor | None
     _latents: Tensor | None
+    _x_ND: Tensor | None
 
     def __init__(
         self,
@@ -203,12 +322,11 @@ class LiveSids(nn.Module):
         train_encoder: bool,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
+        super().__init__(table, space_of(table), generator)
         self.tokenizer = tokenizer
-        self.space: SymbolSpace = space_of(table)
         self.exploration = build_exploration(exploration, self.space.codebook_sizes)
         self.tau, self.forward_codes = exploration.tau, exploration.forward
-        self.paths, self.rule, self.generator = paths, rule, generator
+        self.paths, self.rule = paths, rule
         self.residual, self.train_encoder = residual, train_encoder
         if train_encoder and not any(name.startswith("encoder.") for name, _ in tokenizer.named_parameters()):
             raise ValueError(
@@ -218,11 +336,6 @@ class LiveSids(nn.Module):
         self.register_buffer(
             "_latents", None if train_encoder else tokenizer.latents(x_ND).detach(), persistent=False
         )
-        symbols = table_symbols(table)
-        starts = torch.tensor(self.space.starts)
-        self.register_buffer("codes", (symbols - starts)[:, :-1])
-        self.register_buffer("suffix", (symbols - starts)[:, -1])
-        self.register_buffer("starts", starts)
         if logit_scale is None:
             scales = logit_scales(self.latents(), list(tokenizer.codebooks), top_probability)
         else:
@@ -235,19 +348,6 @@ class LiveSids(nn.Module):
             return self._latents if item_ids is None else self._latents[item_ids]
         assert self._x_ND is not None
         return self.tokenizer.latents(self._x_ND if item_ids is None else self._x_ND[item_ids])
-
-    def get_extra_state(self) -> Tensor:
-        """Return the state of the noise, so that a resumed run draws what an unbroken one would."""
-        return self.generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Set the state of the noise."""
-        self.generator.set_state(state.cpu())
-
-    @property
-    def symbols(self) -> Tensor:
-        """The table as symbols (N, S)."""
-        return torch.cat([self.codes, self.suffix[:, None]], dim=1) + self.starts
 
     def assign(self, item_ids: Tensor) -> tuple[BatchTokens, Quantized]:
         """Pass items (U,) through the tokenizer once; return their tokens and the pass itself.
@@ -262,27 +362,8 @@ class LiveSids(nn.Module):
             z_UZ, list(self.tokenizer.codebooks), self.scales, self.exploration, self.tau, generator, follow
         )
         code_UL = q.codes if self.training and self.forward_codes == "sample" else table_UL
-        symbols = torch.cat([code_UL, self.suffix[item_ids, None]], dim=1) + self.starts
-        hard = ItemTokens(symbols)
-        if not (self.paths.history or self.paths.teacher_forcing or self.paths.target):
-            return BatchTokens(hard, hard, hard), q
-        soft = ItemTokens(symbols, self._weights(code_UL, q.probabilities, 1.0))
-        weight = self.paths.target_weight
-        target = soft if weight == 1 else ItemTokens(symbols, self._weights(code_UL, q.probabilities, weight))
-        return (
-            BatchTokens(
-                soft if self.paths.history else hard,
-                soft if self.paths.teacher_forcing else hard,
-                target if self.paths.target else hard,
-            ),
-            q,
-        )
-
-    @staticmethod
-    def _weights(code_UL: Tensor, probabilities: Sequence[Tensor], weight: float) -> tuple[Tensor, ...]:
-        return tuple(
-            straight_through(code, weight * p) for code, p in zip(code_UL.T, probabilities, strict=True)
-        )
+        symbols = self.write(code_UL, self.suffix[item_ids])
+        return attach(symbols, code_UL, q.probabilities, self.paths), q
 
     def tokens(self, item_ids: Tensor) -> BatchTokens:
         """Return the tokens of distinct items (U,)."""
@@ -293,49 +374,23 @@ class LiveSids(nn.Module):
         """Return the codes (N, L) that the rule of the table gives all items now."""
         return assign_codes(self.latents(), list(self.tokenizer.codebooks), self.rule)
 
-    @torch.no_grad()
     def refresh(self) -> Tensor:
-        """Re-assign every item by the rule of the table; an item that keeps its codes keeps its suffix.
+        """Re-assign every item by the rule of the table; return (N,) bool, items whose codes changed (``follow``)."""
+        return self.follow(self.assigned())
 
-        Returns
-        -------
-        Tensor
-            (N,) bool, items whose codes changed.
+    @torch.no_grad()
+    def nearest(self) -> Tensor | None:
+        """Return the nearest codes (N, L) of all items where the table's own are others; else None."""
+        if self.rule.assignment == "nearest":
+            return None
+        return residual_codes(self.latents(), list(self.tokenizer.codebooks))
 
-        Raises
-        ------
-        OverfullBucket
-            More items share codes than there are suffixes; the table is then as it was.
-        """
-        before = self.codes
-        codes = self.assigned()
-        moved = (codes != before).any(dim=1)
-        if not bool(moved.any()):
-            return moved
-        table = codes_to_table(
-            codes, list(self.space.codebook_sizes), self.space.suffix_size, "", self.table()
-        )
-        symbols = table_symbols(table).to(before.device) - self.starts
-        self.codes, self.suffix = symbols[:, :-1], symbols[:, -1]
-        return moved
+    @property
+    def codebooks(self) -> dict[str, Tensor]:
+        """What gives items their codes, by level."""
+        return {f"level{level + 1}": book for level, book in enumerate(self.tokenizer.codebooks)}
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what joint training moves: the codebooks, and the encoder unless it is frozen."""
         wanted = ("codebooks.", "encoder.") if self.train_encoder else ("codebooks.",)
         yield from (p for name, p in self.tokenizer.named_parameters() if name.startswith(wanted))
-
-    def table(self, tokenizer: str = "", provenance: Provenance | None = None) -> SidTable:
-        """Return the table as an artefact; ``tokenizer`` is the fingerprint of the weights that made it."""
-        frame = pl.DataFrame({"codes": self.codes.cpu().numpy(), "suffix": self.suffix.cpu().numpy()}).select(
-            item_id=pl.int_range(pl.len(), dtype=pl.UInt32),
-            codes=pl.col("codes").arr.to_list().cast(pl.List(pl.UInt16)),
-            suffix=pl.col("suffix").cast(pl.UInt16),
-        )
-        return SidTable(
-            codes=frame,
-            codebook_sizes=list(self.space.codebook_sizes),
-            suffix_size=self.space.suffix_size,
-            shared=False,
-            tokenizer=tokenizer,
-            provenance=provenance or Provenance(),
-        )

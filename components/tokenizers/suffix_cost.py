@@ -25,6 +25,9 @@ An empty bucket costs nothing. Three choices:
   m_c' log(1 + pi_i / m_c') more, their codes as much less. The gradient of the recommendation loss, taken at a
   given predictor, does not see the second, so the first stays out here.
 
+Where SIDs differ in length, an item keeps its own: the end of its codes is one more code of every level behind them,
+which it takes for certain, so only buckets of its length count.
+
 The cost is linear in the probabilities of each level. So straight-through weights serve as well: in value they
 give the table's cost log(m_c / pi_i), in gradient every level is compared while the others keep the table's codes.
 
@@ -46,9 +49,11 @@ class Occupancy(NamedTuple):
     parents: tuple[Tensor, ...]
     """For each level (M_l,) long, ascending: the prefix that is one code shorter."""
     codes: tuple[Tensor, ...]
-    """For each level (M_l,) long, the last code of a prefix."""
+    """For each level (M_l,) long, the last code of a prefix; K where the codes ended before."""
     codebook_sizes: tuple[int, ...]
     """K of each level."""
+    length: Tensor
+    """(N,) long, codes of each item."""
     bucket: Tensor
     """(N,) long, the bucket of each item."""
     bucket_mass: Tensor
@@ -63,7 +68,7 @@ def occupancy(codes_NL: Tensor, mass_N: Tensor, codebook_sizes: Sequence[int]) -
     Parameters
     ----------
     codes_NL : Tensor
-        Codes of the table, integers; row = item id.
+        Codes of the table, integers; row = item id, -1 behind the last code of a shorter SID.
     mass_N : Tensor
         How often an item is met, in any unit. Count every item a little, so that those without events have mass.
     codebook_sizes : sequence of int
@@ -76,7 +81,7 @@ def occupancy(codes_NL: Tensor, mass_N: Tensor, codebook_sizes: Sequence[int]) -
     Raises
     ------
     ValueError
-        Shapes do not fit, a code is outside its codebook, or a mass is not positive and finite.
+        Shapes do not fit, a code is outside its codebook or behind the end, or a mass is not positive and finite.
     """
     require(
         codes_NL.ndim == 2 and codes_NL.numel() > 0 and not codes_NL.is_floating_point(),
@@ -99,21 +104,28 @@ def occupancy(codes_NL: Tensor, mass_N: Tensor, codebook_sizes: Sequence[int]) -
             "add a smoothing count to the events of every item"
         )
     prefix_N = torch.zeros(num_items, dtype=torch.long, device=codes_NL.device)
+    ended_N = torch.zeros_like(prefix_N, dtype=torch.bool)
     parents, codes = [], []
     for level, size in enumerate(codebook_sizes):
         code_N = codes_NL[:, level].long()
-        outside = (code_N < 0) | (code_N >= size)
+        outside = (code_N < (-1 if level else 0)) | (code_N >= size) | (ended_N & (code_N >= 0))
         if bool(outside.any()):
             item = int(outside.nonzero()[0])
             raise ValueError(
-                f"item {item} has code {int(code_N[item])} on level {level + 1}, whose codebook has {size} codes"
+                f"item {item} has code {int(code_N[item])} on level {level + 1}, whose codebook has {size} codes; "
+                "-1 stands behind the last code, and nothing else does"
             )
-        distinct, prefix_N = torch.unique(prefix_N * size + code_N, return_inverse=True)
-        parents.append(distinct // size)
-        codes.append(distinct % size)
+        ended_N = code_N < 0
+        code_N = code_N.masked_fill(ended_N, size)
+        distinct, prefix_N = torch.unique(prefix_N * (size + 1) + code_N, return_inverse=True)
+        parents.append(distinct // (size + 1))
+        codes.append(distinct % (size + 1))
     mass_N = mass_N.double()
     bucket_mass = mass_N.new_zeros(len(codes[-1])).index_add(0, prefix_N, mass_N)
-    return Occupancy(tuple(parents), tuple(codes), tuple(codebook_sizes), prefix_N, bucket_mass, mass_N)
+    length_N = (codes_NL >= 0).sum(dim=1)
+    return Occupancy(
+        tuple(parents), tuple(codes), tuple(codebook_sizes), length_N, prefix_N, bucket_mass, mass_N
+    )
 
 
 def suffix_cost(probabilities: Sequence[Tensor], item_ids_U: Tensor, occupancy: Occupancy) -> Tensor:
@@ -124,7 +136,8 @@ def suffix_cost(probabilities: Sequence[Tensor], item_ids_U: Tensor, occupancy: 
     Parameters
     ----------
     probabilities : sequence of Tensor
-        One (U, K) a level: the soft assignment, or straight-through weights.
+        One (U, K) a level: the soft assignment, or straight-through weights. Rows of items whose SID has no code on
+        the level are not read.
     item_ids_U : Tensor
         Long, the item of each row.
     occupancy : Occupancy
@@ -154,7 +167,9 @@ def suffix_cost(probabilities: Sequence[Tensor], item_ids_U: Tensor, occupancy: 
     # Leaves first, so that only the last level works on all buckets. Items are columns: picking the row of a code
     # and adding up the rows of a prefix then move contiguous memory, about three times as fast.
     for level in reversed(range(len(wanted))):
-        p_KU = probabilities[level].T.contiguous()
+        ended_U1 = (occupancy.length[item_ids_U] <= level)[:, None]
+        p_UK = probabilities[level].masked_fill(ended_U1, 0)
+        p_KU = torch.cat([p_UK, ended_U1.to(p_UK)], dim=1).T.contiguous()
         weighted_MU = cost_MU * p_KU.index_select(0, occupancy.codes[level])
         prefixes = len(occupancy.codes[level - 1]) if level else 1
         cost_MU = weighted_MU.new_zeros(prefixes, len(item_ids_U)).index_add(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components.tokenizers import stopping
 from components.tokenizers.dvae import Dvae, DvaeConfig, Names
-from components.training.loop import Log, State, constant, fit
+from components.training.loop import FitResult, Log, State, constant, fit
 from components.training.tokenizer_stage import TokenizerStage
 
 
@@ -29,8 +29,10 @@ def train_dvae(
     log: Log,
     save: Callable[[State], None],
     resume: State | None,
-) -> tuple[Dvae, int]:
-    """Return the trained tokenizer and its steps; with ``price: auto`` a probe is trained first and priced.
+) -> tuple[Dvae, FitResult]:
+    """Return the trained tokenizer and its last epoch; with ``price: auto`` a probe is trained first and priced.
+
+    The metrics of that epoch are those of ``describe_names``.
 
     The probe has one length and reconstructs every prefix alike. Its mean gain at ``typical_length``, as items are
     drawn, becomes the price; ``price/predicted_item`` and ``price/predicted_draw`` are the mean lengths that are best
@@ -100,8 +102,8 @@ def _descend(
     log: Log,
     save: Callable[[State], None],
     resume: State | None,
-) -> int:
-    """Train to the last epoch, which is the one that is kept; return the steps."""
+) -> FitResult:
+    """Train to the last epoch, which is the one that is kept."""
     model = tokenizer.config
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps_an_epoch = -(-len(x_ND) // config.batch_size)
@@ -147,7 +149,7 @@ def _descend(
         resume=resume,
     )
     tokenizer.load_state_dict(result.best["tokenizer"])
-    return result.step
+    return result._replace(metrics={n: v for n, v in result.metrics.items() if n != "keep/score"})
 
 
 def total_loss(terms: Mapping[str, Tensor], beta: float) -> Tensor:

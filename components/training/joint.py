@@ -19,17 +19,22 @@ from components.data.splits import count_events
 from components.exploration import ExplorationConfig, GumbelConfig, SdudConfig, SdudFrqudConfig
 from components.folders import ArtifactError, Provenance
 from components.metrics.sids import COLLAPSED_AT, CollapseError
-from components.recommenders.build import build_recommender, check_paths
+from components.recommenders import build
+from components.recommenders.build import build_recommender
+from components.recommenders.intrr import Intrr
 from components.seams import SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
 from components.tokenizers.dvae import Dvae
+from components.tokenizers.live_dvae import LiveDvae, LiveSource
 from components.tokenizers.rkmeans import RkMeans
 from components.tokenizers.rqvae import RqVae
 from components.tokenizers.sids import AssignmentRule, OverfullBucket, symbol_counts
 from components.tokenizers.sources import LiveSids, Paths
 from components.tokenizers.suffix_cost import Occupancy, occupancy, suffix_cost
 from components.tokenizers.trie import build_trie
+from components.training.dvae import total_loss
+from components.training.item_figures import check_paths, item_figures
 from components.training.joint_figures import exploration_figures, gradient_figures, table_figures
 from components.training.loop import Halt, Log, State, cosine, device_of, fit
 from components.training.recommender import (
@@ -38,14 +43,12 @@ from components.training.recommender import (
     check_items,
     epoch_batches,
     item_facts,
+    optimizer_of,
     step_names,
     steps_an_epoch,
+    tokens_an_item,
 )
 
-NO_JOINT_DVAE = (
-    "joint training moves the codewords of residual quantisation, which a dvae does not have: take "
-    "tokenizer.model.kind rqvae or rkmeans, or train the dvae alone in the two_stage workflow"
-)
 STRAY = 0.01
 """Share of items whose codes may differ from the rule's at the start: ties fall otherwise on other machines."""
 
@@ -89,32 +92,37 @@ class JointStage(Config):
     paths: PathsConfig = PathsConfig()
     """Where the recommendation loss may enter the tokenizer; not read if the routing is historical."""
     residual: Literal["sampled", "table"] = "sampled"
-    """Which code a level's residual subtracts: the one drawn now, or the one of the table."""
+    """Which code a level's residual subtracts: the one drawn now, or the one of the table. A dvae always takes the
+    table's, to which lengths belong."""
     top_probability: float = Field(0.5, gt=0, lt=1)
     """Sets the logit scale of each level: the mean probability of an item's best code at tau 1. With noise 1
-    this is also how often a drawn code equals the nearest one."""
+    this is also how often a drawn code equals the nearest one. A dvae has learned its scales."""
     logit_scale: float | None = Field(None, gt=0)
     """One fixed logit scale for all levels instead (1 in the authors' gradient-fix release); null: found from
-    ``top_probability``."""
+    ``top_probability``. Not for dvae."""
     tokenizer_lr: float = Field(1e-4, gt=0)
-    """Learning rate of the codebooks (and encoder); 1e-3 collapses the deeper levels within a dozen epochs."""
+    """Learning rate of the codebooks (and encoder); 1e-3 collapses the deeper levels within a dozen epochs. Of a dvae
+    all but the encoder, or all."""
     tokenizer_weight_decay: float = Field(0.0, ge=0)
     """Weight decay of the codebooks: any decay pulls all codes to one point."""
     recommendation_weight: float = Field(1.0, ge=0)
     """Weight of the recommendation loss."""
     codebook_weight: float = Field(1.0, ge=0)
-    """Weight of the term that pulls codewords to their items."""
+    """Weight of the term that pulls codewords to their items. Not for dvae."""
     commitment_weight: float = Field(0.25, ge=0)
     """Weight of the term that pulls latents to their codewords; with a frozen encoder it moves the codewords of
-    earlier levels only."""
+    earlier levels only. Not for dvae."""
     latent_reconstruction_weight: float = Field(1.0, ge=0)
-    """Weight of the squared error of the quantised latents."""
+    """Weight of the squared error of the quantised latents. Not for dvae."""
+    tokenizer_weight: float = Field(1.0, ge=0)
+    """Only for dvae: weight of the loss that it was trained on, after its warm-ups. Decoder, stop and so lengths learn
+    from this alone. Over items that are met in a batch, each once: popularity counts less than in training alone."""
     suffix_cost: float = Field(0.0, ge=0)
     """Weight of the expected cost of the suffix, which the recommendation loss cannot send to the codes; 1 by
     derivation (see ``tokenizers.suffix_cost``), 0 as published. It balances the path through the target, which must be
     open, and shares its weights. Takes (buckets of the table) x (items of a batch) x 4 bytes, twice."""
     train_encoder: bool = False
-    """Train the encoder too; frozen, its latents are computed once."""
+    """Train the encoder too; frozen, its latents are computed once. Of a dvae, the layers that read content vectors."""
     refresh: RefreshConfig = RefreshConfig()
     """How the SID table follows the codebooks."""
     collapse: CollapseConfig | None = CollapseConfig()
@@ -134,7 +142,9 @@ class JointConfig(Config):
         if self.joint.routing == "historical":
             return self
         paths = self.joint.paths
-        check_paths(self.recommender.model, history=paths.history, teacher_forcing=paths.teacher_forcing)
+        build.check_paths(
+            self.recommender.model, history=paths.history, teacher_forcing=paths.teacher_forcing
+        )
         return self
 
     @model_validator(mode="after")
@@ -189,8 +199,9 @@ def train_jointly(
 
     The recommender reads and writes the codes of the table. The gradient reaches the codebooks through the
     soft assignment of the same items, on the paths that are switched on. The table follows the codebooks
-    as configured; an item that keeps its codes keeps its suffix. The tokenizer's own losses run over the
-    batch's unique items, each once; the authors' release takes them over the targets, repeats counted.
+    as configured; an item that keeps its codes keeps its suffix. Names of a dvae may change their length with it, and
+    batches are cut anew. The tokenizer's own losses run over the batch's unique items, each once; the authors' release
+    takes them over the targets, repeats counted.
 
     Parameters
     ----------
@@ -218,6 +229,8 @@ def train_jointly(
     ArtifactError
         Embeddings, tokenizer, table and split do not belong together, or the table was made by another rule than
         it would be refreshed by.
+    ValueError
+        A setting does not fit the tokenizer: a dvae whose drawn codes shall be read, or an encoder that is not there.
     CollapseError
         The codes collapsed, or a bucket outgrew ``suffix_size``, before any epoch was validated as sound. Later, the
         best epoch before is returned.
@@ -235,47 +248,32 @@ def train_jointly(
     stage, joint = config.recommender, config.joint
     device = device_of(stage.device)
     # Before seeding: the recommender then starts as in the two-stage run.
-    module = residual_tokenizer(tokenizer)
+    module = load_tokenizer(tokenizer)
     generator = seed_everything(stage.seed)
-    live = LiveSids(
-        module,
-        embeddings.matrix,
-        sids,
-        joint.exploration,
-        Paths(**joint.paths.model_dump()) if joint.routing == "end_to_end" else Paths(False, False, False),
-        joint.refresh,
-        residual=joint.residual,
-        top_probability=joint.top_probability,
-        logit_scale=joint.logit_scale,
-        train_encoder=joint.train_encoder,
-        generator=torch.Generator().manual_seed(stage.seed),
-    ).to(device)
-    check_rule(live)
+    live, own_loss = live_source(module, embeddings.matrix, sids, config)
+    live = live.to(device)
+    check_rule(live, joint.refresh)
     recommender = build_recommender(stage.model, live.space, item_facts(split, embeddings)).to(device)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": list(recommender.parameters()),
-                "lr": stage.optim.lr,
-                "weight_decay": stage.optim.weight_decay,
-            },
-            {
-                "params": list(live.trained_parameters()),
-                "lr": joint.tokenizer_lr,
-                "weight_decay": joint.tokenizer_weight_decay,
-            },
-            *sigma_group(live.exploration, joint.exploration),
-        ]
+    optimizer = optimizer_of(
+        recommender,
+        stage.optim,
+        {
+            "params": list(live.trained_parameters()),
+            "lr": joint.tokenizer_lr,
+            "weight_decay": joint.tokenizer_weight_decay,
+        },
+        *sigma_group(live.exploration, joint.exploration),
     )
-    counts = symbol_counts(live.symbols)
-    batches_of = epoch_batches(recommender, split.train, counts, stage, generator)
+    # By the names at the start: where lengths change and batches are filled by symbols, later epochs may differ.
+    counts = tokens_an_item(recommender, live.symbols)
     steps = stage.loop.epochs * steps_an_epoch(recommender, split.train, counts, stage)
     validator = Validator(split.valid, stage.validation, stage.seed)
     names = step_names(live.space)
     first, moved = live.codes.clone(), torch.zeros(len(live.codes))
     start = table_figures(live)
+    events_N = torch.from_numpy(count_events(split.train["sequence"], split.num_items)).to(device)
     # One more for each item, so that none is without mass. A user's first event counts too, though it is no target.
-    mass_N = (torch.from_numpy(count_events(split.train["sequence"], split.num_items)).float() + 1).to(device)
+    mass_N = events_N.float() + 1
     occupied: Occupancy | None = None
     overfull: OverfullBucket | None = None
     probe: dict[str, float] = {}
@@ -285,23 +283,21 @@ def train_jointly(
         tokens, quantized = live.assign(batch.unique)
         loss = recommender.loss(batch, tokens)
         recommendation = joint.recommendation_weight * live.exploration.weigh(loss.total)
-        quantisation = (
-            joint.codebook_weight * quantized.losses["codebook"]
-            + joint.commitment_weight * quantized.losses["commitment"]
-            + joint.latent_reconstruction_weight * quantized.losses["latent_reconstruction"]
-        )
+        quantisation = own_loss(quantized.losses)
         parts = {"recommendation": recommendation, "quantisation": quantisation, **loss.beside}
         figures = dict(loss.beside)
         if joint.suffix_cost:
             assert tokens.target.weights is not None and occupied is not None
             # The weights of the target: each code is priced beside the others that the loss predicts with it.
             cost_U = suffix_cost(tokens.target.weights, batch.unique, occupied)
-            figures["suffix_cost"] = (target_shares(batch, recommender.positions) * cost_U).sum()
-            # Divided as the mean over the steps divides the cross-entropy of the suffix that it stands for.
-            weight = joint.recommendation_weight * joint.suffix_cost / live.space.num_steps
+            count_U = target_counts(batch, recommender.positions)
+            figures["suffix_cost"] = (count_U / count_U.sum() * cost_U).sum()
+            # Divided as the mean over the symbols divides the cross-entropy of the suffix that it stands for.
+            symbols = (count_U * symbol_counts(tokens.target.symbols)).sum()
+            weight = joint.recommendation_weight * joint.suffix_cost * (count_U.sum() / symbols)
             parts["suffix_cost"] = weight * figures["suffix_cost"]
         if not probe:
-            probe.update(gradient_figures(parts, list(live.tokenizer.codebooks)))
+            probe.update(gradient_figures(parts, live.codebooks))
         return {
             "loss": torch.stack(list(parts.values())).sum(),
             "recommendation": loss.total,
@@ -316,7 +312,8 @@ def train_jointly(
         probe.clear()
         if joint.suffix_cost:
             occupied = occupancy(live.codes, mass_N, live.space.codebook_sizes)
-        yield from batches_of(number)
+        counts = tokens_an_item(recommender, live.symbols)
+        yield from epoch_batches(recommender, split.train, counts, stage, generator)(number)
         # Behind the epoch's last step: the table that is validated is the one that the next epoch reads.
         if (number + 1) % joint.refresh.every == 0:
             try:
@@ -338,6 +335,9 @@ def train_jointly(
         }
         if joint.collapse is not None:
             check_collapse(number, figures, start, joint.collapse)
+        if isinstance(recommender, Intrr):
+            figures |= item_figures(recommender, live.symbols, events_N)
+            check_paths(number, figures, stage.min_paths)
         return figures
 
     try:
@@ -395,18 +395,50 @@ def train_jointly(
     )
 
 
-def residual_tokenizer(checkpoint: TokenizerCheckpoint) -> RqVae | RkMeans:
-    """Load a tokenizer whose codes are codewords near a residual, which is what moves here.
-
-    Raises
-    ------
-    ValueError
-        It is a dvae.
-    """
-    tokenizer = load_tokenizer(checkpoint)
-    if isinstance(tokenizer, Dvae):
-        raise ValueError(NO_JOINT_DVAE)
-    return tokenizer
+def live_source(
+    module: RqVae | RkMeans | Dvae, x_ND: Tensor, sids: SidTable, config: JointConfig
+) -> tuple[LiveSource, Callable[[Mapping[str, Tensor]], Tensor]]:
+    """Return a tokenizer as a source of tokens, and what its own losses are in the sum that is minimised."""
+    joint = config.joint
+    open_paths = (
+        Paths(**joint.paths.model_dump()) if joint.routing == "end_to_end" else Paths(False, False, False)
+    )
+    noise = torch.Generator().manual_seed(config.recommender.seed)
+    match module:
+        case Dvae():
+            live_dvae = LiveDvae(
+                module,
+                x_ND,
+                sids,
+                joint.exploration,
+                open_paths,
+                joint.refresh,
+                train_encoder=joint.train_encoder,
+                generator=noise,
+            )
+            return live_dvae, lambda losses: joint.tokenizer_weight * total_loss(losses, module.config.beta)
+        case RqVae() | RkMeans():
+            live_sids = LiveSids(
+                module,
+                x_ND,
+                sids,
+                joint.exploration,
+                open_paths,
+                joint.refresh,
+                residual=joint.residual,
+                top_probability=joint.top_probability,
+                logit_scale=joint.logit_scale,
+                train_encoder=joint.train_encoder,
+                generator=noise,
+            )
+            return (
+                live_sids,
+                lambda losses: (
+                    joint.codebook_weight * losses["codebook"]
+                    + joint.commitment_weight * losses["commitment"]
+                    + joint.latent_reconstruction_weight * losses["latent_reconstruction"]
+                ),
+            )
 
 
 def sigma_group(noise: nn.Module, config: ExplorationConfig) -> list[dict[str, Any]]:
@@ -416,15 +448,14 @@ def sigma_group(noise: nn.Module, config: ExplorationConfig) -> list[dict[str, A
     return [{"params": list(noise.parameters()), "lr": config.sigma_lr, "weight_decay": 0.0}]
 
 
-def check_rule(live: LiveSids) -> None:
+def check_rule(live: LiveSource, refresh: RefreshConfig) -> None:
     """Refuse a table that another rule made: the first refresh would replace it without a word."""
     differs = float((live.assigned() != live.codes).any(dim=1).float().mean())
     if differs > STRAY:
-        rule = live.rule.assignment
         raise ArtifactError(
-            f"{differs:.0%} of the items have other codes in the SidTable than assignment={rule} gives them, by which "
-            f"joint training refreshes the table: start from a table made with sids.assignment={rule}, or change "
-            "joint.refresh.assignment"
+            f"{differs:.0%} of the items have other codes in the SidTable than assignment={refresh.assignment}, "
+            f"length={refresh.length} gives them, by which joint training refreshes the table: start from a table "
+            "made with the same sids.assignment and sids.length, or change them in joint.refresh"
         )
 
 
@@ -433,10 +464,11 @@ def check_collapse(
 ) -> None:
     """Halt training if a level's perplexity has fallen too far below its start; name epoch, level and figure.
 
-    Where a balanced table hides it, the perplexity of the nearest codes is what counts.
+    Where a balanced table hides it, or names of other lengths look like it, the perplexity of the nearest codes of all
+    items is what counts.
     """
-    balanced = any(name.startswith("sids/nearest_perplexity/") for name in start)
-    group = "sids/nearest_perplexity/level" if balanced else "sids/perplexity/level"
+    hidden = any(name.startswith("sids/nearest_perplexity/") for name in start)
+    group = "sids/nearest_perplexity/level" if hidden else "sids/perplexity/level"
     for name, first in start.items():
         if name.startswith(group) and figures[name] < config.min_perplexity * first:
             raise Halt(
@@ -447,11 +479,11 @@ def check_collapse(
             )
 
 
-def target_shares(batch: SequenceBatch, positions: Literal["all", "last"]) -> Tensor:
-    """Return how often each unique item (U,) is predicted in a batch, as shares that sum to 1."""
+def target_counts(batch: SequenceBatch, positions: Literal["all", "last"]) -> Tensor:
+    """Return how often each unique item (U,) is predicted in a batch."""
     predicted = batch.target
     if positions == "all":
         later = batch.mask.clone()
         later[:, 0] = False
         predicted = torch.cat([batch.items[later], predicted])
-    return torch.bincount(predicted, minlength=len(batch.unique)) / len(predicted)
+    return torch.bincount(predicted, minlength=len(batch.unique))

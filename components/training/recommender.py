@@ -1,6 +1,7 @@
 """Train a recommender on frozen SIDs: the second of the two usual stages."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import polars as pl
 import torch
@@ -22,25 +23,33 @@ from components.data.batches import (
 from components.data.splits import count_events
 from components.folders import ArtifactError, Provenance
 from components.metrics.ranking import contributions, ranks_in_lists
+from components.metrics.sids import COLLAPSED_AT, CollapseError
 from components.recommenders.build import RecommenderConfig, build_recommender
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.decoding import rank_rows
+from components.recommenders.intrr import Intrr, IntrrConfig
 from components.recommenders.tiger import Tiger, TigerConfig
 from components.seams import Catalogue, ItemFacts, Recommender, SequenceBatch, SymbolSpace
 from components.seeding import seed_everything
 from components.tokenizers.sids import symbol_counts
 from components.tokenizers.sources import FrozenSids
 from components.tokenizers.trie import build_trie
-from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
+from components.training.item_figures import check_paths, item_figures
+from components.training.loop import Device, Halt, Log, LoopConfig, State, cosine, device_of, fit
+
+SidRecommender = Causal | Tiger | Intrr
 
 
 class OptimConfig(Config):
-    """AdamW with warm-up and a cosine to 0."""
+    """Adam with weight decay, warm-up and a cosine to 0."""
 
     lr: float = Field(2e-3, gt=0)
     """Learning rate at its highest."""
     weight_decay: float = Field(0.05, ge=0)
-    """Decoupled weight decay."""
+    """Weight decay. The tables of an ``intrr`` are left out: decay would shrink what is rarely met."""
+    decay: Literal["decoupled", "coupled"] = "decoupled"
+    """decoupled: AdamW. coupled: L2 in the gradient of everything, tables included, as IntRR was released; vectors of
+    rare items then shrink to nothing. Only to reproduce that."""
     warmup_steps: int = Field(100, ge=1)
     """Steps of linear warm-up."""
 
@@ -60,7 +69,7 @@ class RecommenderStage(Config):
     """Train a recommender on frozen SIDs."""
 
     model: RecommenderConfig = CausalConfig()
-    """The recommender: ``causal`` (decoder-only) or ``tiger`` (encoder-decoder)."""
+    """The recommender: ``causal`` (decoder-only), ``tiger`` (encoder-decoder) or ``intrr`` (one token an item)."""
     loop: LoopConfig = LoopConfig(epochs=12)
     """Length of training."""
     batch_size: int = Field(64, ge=1)
@@ -72,6 +81,9 @@ class RecommenderStage(Config):
     """Optimiser of the recommender."""
     validation: ValidationConfig = ValidationConfig()
     """How the best epoch is found."""
+    min_paths: float = Field(0.1, ge=0, lt=1)
+    """Only where items walk through the codebooks (intrr): training stops once fewer distinct paths than this share of
+    the items are left, and the best epoch before is kept; 0: never."""
     seed: int = 0
     """Seed of initial weights, batches and dropout."""
     device: Device = "auto"
@@ -79,7 +91,7 @@ class RecommenderStage(Config):
 
 
 def epoch_batches(
-    recommender: Causal | Tiger,
+    recommender: SidRecommender,
     train: pl.DataFrame,
     counts_N: Tensor,
     stage: RecommenderStage,
@@ -89,12 +101,12 @@ def epoch_batches(
 
     Parameters
     ----------
-    recommender : Causal or Tiger
+    recommender : Causal, Tiger or Intrr
         Says whether every position of a row is a target or its last alone, and how much it reads.
     train : DataFrame
         Training sequences.
     counts_N : Tensor
-        (N,) long, symbols of each item.
+        (N,) long, tokens that each item is read as (``tokens_an_item``).
     stage : RecommenderStage
         Size of a batch.
     generator : torch.Generator
@@ -113,7 +125,7 @@ def epoch_batches(
 
 
 def steps_an_epoch(
-    recommender: Causal | Tiger, train: pl.DataFrame, counts_N: Tensor, stage: RecommenderStage
+    recommender: SidRecommender, train: pl.DataFrame, counts_N: Tensor, stage: RecommenderStage
 ) -> int:
     """Count the batches of an epoch; windows are cut at random, so this is the count of one draw."""
     counts, generator = counts_N.cpu().numpy(), torch.Generator().manual_seed(0)
@@ -122,7 +134,7 @@ def steps_an_epoch(
 
 
 def _rows_of(
-    recommender: Causal | Tiger, train: pl.DataFrame, counts: Ints
+    recommender: SidRecommender, train: pl.DataFrame, counts: Ints
 ) -> Callable[[torch.Generator], Rows]:
     """Return how the rows of an epoch are made; prefixes are the same in each."""
     config = recommender.config
@@ -133,6 +145,36 @@ def _rows_of(
         case CausalConfig():
             history, tokens = config.max_history, config.max_tokens
             return lambda generator: window_rows(train, history, generator, counts, tokens)
+        case IntrrConfig():
+            most = config.max_history
+            return lambda generator: window_rows(train, most, generator)
+
+
+def tokens_an_item(recommender: SidRecommender, symbols_NS: Tensor) -> Tensor:
+    """Return how many tokens (N,) long each item is read as: those of its SID, or one."""
+    config = recommender.config
+    if isinstance(config, IntrrConfig) and config.reads != "flat":
+        return torch.ones_like(symbols_NS[:, 0])
+    return symbol_counts(symbols_NS)
+
+
+def optimizer_of(
+    recommender: SidRecommender, config: OptimConfig, *others: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return the optimiser of a recommender, and of other groups of parameters beside it."""
+    spared = isinstance(recommender, Intrr) and config.decay == "decoupled"
+    tables = list(recommender.undecayed()) if isinstance(recommender, Intrr) and spared else []
+    names = {id(table) for table in tables}
+    decayed = [p for p in recommender.parameters() if id(p) not in names]
+    groups = [{"params": decayed, "lr": config.lr, "weight_decay": config.weight_decay}]
+    if tables:
+        groups.append({"params": tables, "lr": config.lr, "weight_decay": 0.0})
+    return adam([*groups, *others], config)
+
+
+def adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW, or Adam where decay is coupled."""
+    return torch.optim.AdamW(groups) if config.decay == "decoupled" else torch.optim.Adam(groups)
 
 
 class Validator:
@@ -192,6 +234,9 @@ def train_recommender(
 
     Raises
     ------
+    CollapseError
+        Items walk through the codebooks on too few paths before any epoch was validated as sound. Later, the best
+        epoch before is kept and ``metrics`` says when training stopped.
     ArtifactError
         Table, split and embeddings have not the same number of items.
     """
@@ -200,10 +245,9 @@ def train_recommender(
     generator = seed_everything(config.seed)
     source = FrozenSids(sids).to(device)
     recommender = build_recommender(config.model, source.space, item_facts(split, embeddings)).to(device)
-    optimizer = torch.optim.AdamW(
-        recommender.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
-    )
-    counts = symbol_counts(source.symbols)
+    optimizer = optimizer_of(recommender, config.optim)
+    counts = tokens_an_item(recommender, source.symbols)
+    events_N = torch.from_numpy(count_events(split.train["sequence"], split.num_items)).to(device)
     steps = config.loop.epochs * steps_an_epoch(recommender, split.train, counts, config)
     validator = Validator(split.valid, config.validation, config.seed)
     names = step_names(source.space)
@@ -218,27 +262,40 @@ def train_recommender(
             **loss.beside,
         }
 
-    result = fit(
-        {"recommender": recommender},
-        optimizer,
-        cosine(optimizer, config.optim.warmup_steps, steps),
-        epoch_batches(recommender, split.train, counts, config, generator),
-        step,
-        lambda epoch: validator(recommender, recommender.catalogue(source.symbols, trie)),
-        config.loop,
-        select="valid_N@10",
-        generator=generator,
-        log=log,
-        save=save,
-        resume=resume,
-    )
+    def validate(epoch: int) -> Mapping[str, float]:
+        figures = validator(recommender, recommender.catalogue(source.symbols, trie))
+        if isinstance(recommender, Intrr):
+            figures |= item_figures(recommender, source.symbols, events_N)
+            check_paths(epoch, figures, config.min_paths)
+        return figures
+
+    try:
+        result = fit(
+            {"recommender": recommender},
+            optimizer,
+            cosine(optimizer, config.optim.warmup_steps, steps),
+            epoch_batches(recommender, split.train, counts, config, generator),
+            step,
+            validate,
+            config.loop,
+            select="valid_N@10",
+            generator=generator,
+            log=log,
+            save=save,
+            resume=resume,
+        )
+    except Halt as halt:
+        raise CollapseError(f"{halt}; no earlier epoch was validated, so there is nothing to keep") from halt
+    metrics = dict(result.metrics)
+    if result.halted:
+        metrics[COLLAPSED_AT] = float(result.halted[0])
     return RecommenderCheckpoint(
         weights=result.best["recommender"],
         config=config.model.model_dump(mode="json"),
         sids=sids.fingerprint,
         step=result.step,
         epoch=result.epoch,
-        metrics=result.metrics,
+        metrics=metrics,
         provenance=Provenance(
             config=config.model_dump(mode="json"),
             parents={

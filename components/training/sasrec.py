@@ -17,7 +17,7 @@ from components.recommenders.sasrec import SasRec, SasRecConfig
 from components.seams import SequenceBatch
 from components.seeding import seed_everything
 from components.training.loop import Device, Log, LoopConfig, State, cosine, device_of, fit
-from components.training.recommender import OptimConfig
+from components.training.recommender import OptimConfig, adam
 
 SCORED_AT_ONCE = 256
 """Validation users scored at once: 256 users by 100,000 items are 200 MB."""
@@ -65,9 +65,12 @@ def train_sasrec(
     device = device_of(config.device)
     generator = seed_everything(config.seed)
     model = SasRec(config.model, split.num_items).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
-    )
+    group = {
+        "params": model.parameters(),
+        "lr": config.optim.lr,
+        "weight_decay": config.optim.weight_decay,
+    }
+    optimizer = adam([group], config.optim)
     history = config.model.max_history
     # Windows are cut at random: this is the count of one draw.
     windows = window_rows(split.train, history, torch.Generator().manual_seed(0))

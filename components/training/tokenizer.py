@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from components.artifacts import ContentEmbeddings, SequenceSplit, TokenizerCheckpoint
-from components.data.splits import training_counts
+from components.data.splits import training_counts, warm_items
 from components.folders import Provenance
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of
@@ -14,9 +14,9 @@ from components.tokenizers.dvae import Dvae, DvaeConfig
 from components.tokenizers.quantize import reconstruct
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig
 from components.tokenizers.rqvae import RqVae, RqVaeConfig
-from components.training.dvae import describe_names, train_dvae
+from components.training.dvae import train_dvae
 from components.training.loop import Log, State, cosine, device_of, fit
-from components.training.tokenizer_stage import TokenizerStage as TokenizerStage
+from components.training.tokenizer_stage import TokenizerStage
 
 NOT_ELIGIBLE = 100.0
 """Taken off the score of early epochs; eligible ones score at least -1 for collisions, about -1 otherwise."""
@@ -43,15 +43,16 @@ def train_tokenizer(
     save, resume
         A resumable state after every validation, and one to go on from; only gradient descent has any.
     split : SequenceSplit, optional
-        Its training events say how popular items are, for tokenizers that weigh items by interactions.
+        Its cold items are left out, as if they were not there yet. Its training events say how popular items are, for
+        tokenizers that weigh items by interactions.
 
     Returns
     -------
     TokenizerCheckpoint
-        Those of ``rqvae`` and ``rkmeans`` have latents of root mean square 1 over these items, and their
-        ``metrics`` hold ``reconstruction`` (mean squared error where the target has mean square 1: the scaled content
-        vector), ``collision_rate`` (share of items whose codes another item has too), ``largest_bucket``, and
-        ``codes_in_use/l`` and ``perplexity/l`` for each level l from 1; for ``dvae`` see
+        Its figures are over the items that it was fitted to. Those of ``rqvae`` and ``rkmeans`` have latents of root
+        mean square 1 over these, and their ``metrics`` hold ``reconstruction`` (mean squared error where the target has
+        mean square 1: the scaled content vector), ``collision_rate`` (share of items whose codes another item has too),
+        ``largest_bucket``, and ``codes_in_use/l`` and ``perplexity/l`` for each level l from 1; for ``dvae`` see
         ``training.dvae.describe_names``.
 
     Raises
@@ -68,11 +69,15 @@ def train_tokenizer(
     device = device_of(config.device)
     x_ND = embeddings.matrix.to(device)
     counts_N, parents = torch.ones(len(x_ND), device=device), {"ContentEmbeddings": embeddings.fingerprint}
+    if split is not None:
+        parents["SequenceSplit"] = split.fingerprint
     if config.model.by_interactions or (split is not None and config.model.kind == "dvae"):
         setting = f"tokenizer.model of kind {config.model.kind}, which counts items by interactions,"
         counts_N = torch.from_numpy(training_counts(split, len(x_ND), setting)).float().to(device)
-        assert split is not None
-        parents["SequenceSplit"] = split.fingerprint
+    warm = warm_items(split, len(x_ND))
+    if not warm.all():
+        kept_N = torch.from_numpy(warm).to(device)
+        x_ND, counts_N = x_ND[kept_N], counts_N[kept_N]
     steps = 0
     tokenizer: RkMeans | RqVae | Dvae
     match config.model:
@@ -87,9 +92,8 @@ def train_tokenizer(
             rqvae.fold_scale(x_ND)
             metrics = describe_fit(rqvae.eval(), x_ND)
         case DvaeConfig():
-            dvae, steps = train_dvae(config.model, x_ND, counts_N, config, generator, log, save, resume)
-            tokenizer = dvae.eval()
-            metrics = describe_names(dvae, dvae.names(x_ND), counts_N)
+            dvae, result = train_dvae(config.model, x_ND, counts_N, config, generator, log, save, resume)
+            tokenizer, steps, metrics = dvae.eval(), result.step, result.metrics
     log(steps, metrics)
     return checkpoint_of(
         tokenizer,
@@ -159,7 +163,7 @@ def _descend(
 
 @torch.no_grad()
 def describe_fit(tokenizer: RqVae | RkMeans, x_ND: Tensor) -> dict[str, float]:
-    """Tokenize the whole catalogue and say how well its codes describe it and how evenly they are used."""
+    """Tokenize these items and say how well their codes describe them and how evenly they are used."""
     codes_NL = tokenizer.encode(x_ND)
     quantised_NZ = reconstruct(codes_NL, list(tokenizer.codebooks))
     rebuilt_ND = tokenizer.decoder(quantised_NZ) if isinstance(tokenizer, RqVae) else quantised_NZ

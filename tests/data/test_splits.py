@@ -82,6 +82,7 @@ def test_leave_one_out_is_the_naive_split(users: list[list[tuple[int, int]]], ca
         else:
             assert user not in rows(split.valid)
             assert user not in rows(split.test)
+    assert split.cold.is_empty()
     lengths = [len(events) for events in users]
     assert split.num_training_targets == sum(n - 3 if n >= 3 else n - 1 for n in lengths)
 
@@ -103,6 +104,51 @@ def test_last_basket_is_the_naive_split(users: list[list[tuple[int, int]]], cap:
             assert rows(split.test)[user] == (flat(b[:-1])[-cap:], b[-1][0])
         else:
             assert user not in rows(split.test)
+
+
+def latest(users: list[list[tuple[int, int]]], number: int) -> set[int]:
+    first: dict[int, int] = {}
+    for events in users:
+        clock = 0
+        for item, wait in events:
+            clock += wait
+            first[item] = min(clock, first.get(item, clock))
+    return set(sorted(first, key=lambda item: (first[item], item))[-number:])
+
+
+@settings(max_examples=100, deadline=None)
+@given(USERS, st.integers(1, 4), st.integers(1, 2), st.sampled_from(["leave_one_out", "last_basket"]))
+def test_cold_items_are_the_latest_and_test_alone_meets_them(
+    users: list[list[tuple[int, int]]], cap: int, number: int, protocol: str
+) -> None:
+    """The naive split of a log of 6 items, 1 or 2 of them cold, row by row."""
+    users = [*users, [(0, 1), (1, 1), (2, 1), (0, 1), (3, 1)]]
+    log, catalog = logged(users)
+    cold = latest(users, number)
+    train, valid, test = {}, {}, {}
+    for user, events in enumerate(users):
+        v, n = [item for item, _ in events], len(events)
+        begins = [at for at, (_, wait) in enumerate(events) if at == 0 or wait]
+        if protocol == "leave_one_out":
+            valid_at, test_at = (n - 2, n - 1) if n >= 3 else (None, None)
+        else:
+            valid_at = begins[-2] if len(begins) >= 3 else None
+            test_at = begins[-1] if len(begins) >= 2 else None
+        end = next(at for at in (valid_at, test_at, n) if at is not None)
+        if warm := [item for item in v[:end] if item not in cold]:
+            train[user] = (warm,)
+            if valid_at is not None and v[valid_at] not in cold:
+                valid[user] = (warm[-cap:], v[valid_at])
+        if test_at is not None:
+            test[user] = (v[:test_at][-cap:], v[test_at])
+    config = SplitConfig(protocol=protocol, max_history=cap, cold_share=number / 6)
+    if not valid:
+        with pytest.raises(DataError, match=r"cold_share 0\.\d+ no user has .* lower cold_share"):
+            hold_out(log, catalog, config)
+        return
+    split = hold_out(log, catalog, config)
+    assert split.cold["item_id"].to_list() == sorted(cold)
+    assert (rows(split.train), rows(split.valid), rows(split.test)) == (train, valid, test)
 
 
 @LAW
@@ -151,6 +197,52 @@ def test_other_leaks_are_refused(walked: Ingested) -> None:
         check_no_leak(logged([[(0, 1), (1, 1), (2, 1)]]).log, split)
 
 
+@pytest.fixture
+def met_late() -> Ingested:
+    """Item 5 is the last to appear, in the middle of user 1's events; user 2 begins with it."""
+    early = [(item, 1) for item in range(5)]
+    return logged([early, [(0, 10), (1, 1), (5, 1), (2, 1), (3, 1), (4, 1)], [(5, 20), (0, 1), (1, 1)]])
+
+
+def test_leaks_around_cold_items_are_refused(met_late: Ingested) -> None:
+    log, catalog = met_late
+    split = hold_out(log, catalog, SplitConfig(cold_share=0.1))
+    assert split.cold["item_id"].to_list() == [5]
+    assert rows(split.train) == {0: ([0, 1, 2],), 1: ([0, 1, 2],)}
+    assert rows(split.valid) == {0: ([0, 1, 2], 3), 1: ([0, 1, 2], 3)}
+    assert rows(split.test) == {0: ([0, 1, 2, 3], 4), 1: ([0, 1, 5, 2, 3], 4), 2: ([5, 0], 1)}
+    faults = [
+        ("train", "sequence", [[0, 1, 2], [0, 1, 2, 3]], "valid: does not follow on the training events"),
+        ("train", "sequence", [[0, 1, 2], [0, 2]], "train: is no beginning of the log of user 1"),
+        ("valid", "history", [[0, 1, 2], [0, 1]], "valid: does not follow"),
+        ("test", "history", [[0, 1, 2, 3], [0, 1, 2, 3], [5, 0]], "test: history and target"),
+    ]
+    for name, column, values, message in faults:
+        with pytest.raises(DataError, match=message):
+            check_no_leak(log, changed(split, name, column, values))
+    # A test target that training or validation knows, with what stands right before it.
+    for history, target in (([0, 1, 5], 2), ([0, 1, 5, 2], 3)):
+        known = changed(split, "test", "history", [[0, 1, 2, 3], history, [5, 0]])
+        known = changed(known, "test", "target", [4, target, 1])
+        with pytest.raises(DataError, match="test: history and target .* user 1 "):
+            check_no_leak(log, known)
+
+
+def test_a_small_share_is_one_item_and_half_of_the_catalogue_is_refused(met_late: Ingested) -> None:
+    assert len(hold_out(*met_late, SplitConfig(cold_share=0.001)).cold) == 1
+    for share in (-0.1, 0.5):
+        with pytest.raises(ValueError, match="cold_share"):
+            SplitConfig(cold_share=share)
+
+
+def test_cold_items_need_times() -> None:
+    log, catalog = logged([[(0, 1), (1, 1), (2, 1)]], timed=False)
+    with pytest.raises(
+        DataError, match="cold_share 0.2 needs times, 3 of 3 events have none; set cold_share to 0"
+    ):
+        hold_out(log, catalog, SplitConfig(cold_share=0.2))
+
+
 def test_no_target_shares_its_time_with_a_history_of_baskets() -> None:
     log, catalog = logged([[(0, 1), (1, 1), (2, 1), (3, 0)]])
     split = hold_out(log, catalog, SplitConfig(protocol="last_basket"))
@@ -196,6 +288,17 @@ def test_last_two_events_of_the_shop_share_a_basket_as_its_notice_says() -> None
     assert round(last["same"].mean(), 2) == 0.93
     baskets = hold_out(log, catalog, SplitConfig(protocol="last_basket"))
     assert (len(baskets.valid), len(baskets.test)) == (1562, 2588)
+
+
+def test_the_last_twentieth_of_the_shop_is_a_fifteenth_of_its_test_targets() -> None:
+    log, catalog = ingest(IngestConfig())
+    plain, split = (hold_out(log, catalog, SplitConfig(cold_share=share)) for share in (0, 0.05))
+    cold = split.cold["item_id"]
+    assert split.test.equals(plain.test)
+    assert (len(cold), split.test["target"].is_in(cold.implode()).sum()) == (136, 266)
+    first = log.events.group_by("item_id").agg(pl.col("timestamp").min())
+    is_cold = first["item_id"].is_in(cold.implode())
+    assert first.filter(is_cold)["timestamp"].min() >= first.filter(~is_cold)["timestamp"].max()
 
 
 @pytest.mark.slow

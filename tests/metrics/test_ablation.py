@@ -1,5 +1,6 @@
 """An ablation pairs arms by seed, adopts by one rule, and refuses arms that do not compare."""
 
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -22,6 +23,7 @@ from components.metrics.ablation import (
     verdicts,
 )
 from components.metrics.ablation_tables import grids, html_table, markdown_table, tables
+from components.metrics.compare import short
 from components.metrics.report import METRICS, RANKS
 from components.metrics.sids import COLLAPSED_AT, CollisionConfig, analyze
 
@@ -223,8 +225,8 @@ def test_codebooks_of_different_sizes_and_depths_share_a_table() -> None:
         schema=SidTable.SCHEMAS["codes"],
     )
     table = SidTable(codes=frame, codebook_sizes=[8], suffix_size=1, shared=False, tokenizer="")
-    short = analyze(table, None, CollisionConfig())
-    result = ablate([*_arm("plain", [0.1], None), *_arm("short", [0.1], codes=short)])
+    shallow = analyze(table, None, CollisionConfig())
+    result = ablate([*_arm("plain", [0.1], None), *_arm("short", [0.1], codes=shallow)])
     grid = grids(result)[1]
     assert grid.columns[1:3] == ["level 1", "level 2 of 4"]
     assert [row[1:3] for row in grid.rows] == [["4.0 of 4", "4.0"], ["4.0 of 8", ""]]
@@ -291,6 +293,63 @@ def test_the_table_of_lengths_fits_a_terminal_too() -> None:
     assert max(map(len, page.splitlines())) <= 120 and "…" not in page
     for text in (page, markdown_table(result), html_table(result)):
         assert "1.94 / 1.75" in text and "2.00 / –" in text
+
+
+def _cold(measured: list[Measured], values: list[float]) -> list[Measured]:
+    """Give each report a slice of cold targets: a value a seed, and 0 for baselines."""
+    told = []
+    for each, value in zip(measured, values, strict=True):
+        rows = each.report.metrics.filter(slice="all")
+        number = pl.when(pl.col("method").is_in(list(BASELINES))).then(0.0).otherwise(value)
+        metrics = pl.concat([each.report.metrics, rows.with_columns(slice=pl.lit("cold"), value=number)])
+        details = {"users": {"all": 6, "cold": 2}}
+        told.append(each._replace(report=replace(each.report, metrics=metrics, details=details)))
+    return told
+
+
+def test_recall_on_cold_targets_is_a_table_of_its_own_with_its_error_over_seeds() -> None:
+    both = ("kept", "excluded")
+    sasrec = [each._replace(collisions=None, recommender=None) for each in _arm("sasrec", PLAIN, blocks=both)]
+    plain, long = _arm("plain", PLAIN, None, blocks=both), _arm("an arm with a long name", PLAIN, blocks=both)
+    measured = [*_cold(plain, [0.0, 0.25, 0.5]), *_cold(long, [0.5] * 3), *_cold(sasrec, [0.0] * 3)]
+    result = ablate(measured)
+    assert (result.cold_users, result.users) == (2, 6)
+    assert [grid.title for grid in grids(result)][2:] == ["Cold items", "Semantic IDs"]
+    grid = grids(result)[2]
+    assert grid.columns == ["arm", "R@10, seen kept ± SE", "R@10, seen excluded ± SE"]
+    error = short((0.0625 / 3) ** 0.5)
+    assert grid.rows == [
+        ["popularity", ".0000", ".0000"],
+        ["itemknn", ".0000", ".0000"],
+        ["plain", f".2500 ± {error}", f".2500 ± {error}"],
+        ["an arm with a long name", ".5000 ± .0000", ".5000 ± .0000"],
+        ["sasrec", ".0000 ± .0000", ".0000 ± .0000"],
+    ]
+    assert grid.caption.startswith("2 of 6 test users")
+    assert headline(result)["plain/kept/R@10 cold/mean"] == 0.25
+    console = Console(file=StringIO(), width=120, highlight=False)
+    for view in tables(result):
+        console.print(view)
+    page = console.file.getvalue()
+    assert max(map(len, page.splitlines())) <= 120 and "…" not in page
+    for text in (page, markdown_table(result), html_table(result)):
+        assert "Cold items" in text and text.count(error) >= 2
+
+
+def test_cold_targets_change_no_other_table_and_are_not_mentioned_where_there_are_none() -> None:
+    plain = [*_arm("plain", PLAIN, None), *_arm("new", [0.375, 0.5, 0.9375])]
+    before, after = ablate(plain), ablate([*_cold(plain[:3], [0.9] * 3), *_cold(plain[3:], [0.1] * 3)])
+    assert before.cold_users == 0
+    for text in (markdown_table(before), html_table(before), str(headline(before))):
+        assert "cold" not in text.lower()
+    assert [grid for grid in grids(after) if grid.title != "Cold items"] == grids(before)
+    assert verdicts(after) == verdicts(before) and decision(after) == decision(before)
+
+
+def test_one_seed_has_no_error_on_cold_targets_either() -> None:
+    grid = grids(ablate(_cold(_arm("plain", [0.5], None), [0.125])))[1]
+    assert grid.columns == ["arm", "R@10, seen kept"] and grid.rows[-1] == ["plain", ".1250"]
+    assert "one seed" in grid.caption
 
 
 def test_arms_that_do_not_compare_are_refused() -> None:

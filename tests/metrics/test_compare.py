@@ -186,6 +186,45 @@ def test_a_metric_that_no_report_holds_is_named(two: list[EvaluationReport]) -> 
         table(compare(two, CONFIG), ["R@7"])
 
 
+def _cold(report: EvaluationReport) -> EvaluationReport:
+    """Add the slice of cold targets, a tenth of each value; the methods' order turns around."""
+    cold = report.metrics.with_columns(slice=pl.lit("cold"), value=(1 - pl.col("value")) / 10)
+    return replace(report, metrics=pl.concat([report.metrics, cold]))
+
+
+def test_recall_on_cold_targets_is_a_column_where_the_reports_have_it(two: list[EvaluationReport]) -> None:
+    plain, result = compare(two, CONFIG), compare([_cold(report) for report in two], CONFIG)
+    titles = [column.header for column in table(result).columns]
+    assert titles == ["method", "seen", "R@5", "R@10", "N@5", "N@10", "R@10 cold"]
+    assert markdown_table(result).splitlines()[0].endswith("| N@10 | R@10 cold |")
+    for page in (html_table(result), table(result).caption):
+        assert "R@10 cold: only users whose target training never met" in page
+    values = result.metrics.filter(slice="cold", metric="R@10")
+    best = values.filter(pl.col("value") == pl.col("value").max().over("seen"))
+    page = html_table(result)
+    for row in values.iter_rows(named=True):
+        line = next(
+            x for x in markdown_table(result).splitlines() if f"| {row['method']} | {row['seen']}" in x
+        )
+        assert line.split("|")[-2].strip().startswith(short(row["value"]) + " (")
+        assert headline(result)[f"{row['method']}/{row['seen']}/R@10 cold"] == row["value"]
+    for value in best["value"]:
+        assert f'color:#00684a">{short(value)}<' in page
+    for text in (markdown_table(plain), html_table(plain), table(plain).caption, str(headline(plain))):
+        assert "cold" not in text
+    assert markdown_table(result).startswith(markdown_table(plain)[:40])
+
+
+@pytest.mark.parametrize("width", [100, 80])
+def test_the_column_of_cold_targets_fits_too(two: list[EvaluationReport], width: int) -> None:
+    page = StringIO()
+    Console(file=page, width=width).print(table(compare([_cold(report) for report in two], CONFIG)))
+    lines = page.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    for method in ("popularity", "itemknn", "two-stage", "joint"):
+        assert sum(line.split()[:1] == [method] for line in lines) == 2
+
+
 def test_numbers_are_written_short() -> None:
     assert [short(x) for x in (0.1234, 1.0, 0.0, -0.05)] == [".1234", "1.0000", ".0000", "-.0500"]
     assert short(0.02351, 3) == ".024"

@@ -231,6 +231,7 @@ def _ablation(arms: int, seeds=(0, 1, 2), blocks=("kept",), near: float = 0.05) 
         codes=Ablation.SCHEMAS["codes"].to_frame(),
         tables=pl.DataFrame(tables, schema=Ablation.SCHEMAS["tables"], orient="row"),
         users=100,
+        cold_users=0,
         items=2500,
         seeds=list(seeds),
         split="",

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import torch
 
-from components.artifacts import HELD_OUT, SEQUENCE, EvaluationReport, SequenceSplit
+from components.artifacts import COLD, HELD_OUT, SEQUENCE, EvaluationReport, SequenceSplit
 from components.data.planted import plant
 from components.data.splits import SplitConfig, hold_out
 from components.folders import ArtifactError
@@ -15,6 +15,7 @@ from components.metrics.report import (
     EvaluateConfig,
     evaluate_baselines,
     evaluate_recommender,
+    headline_rows,
     inspect_lists,
     recompute,
 )
@@ -141,6 +142,7 @@ def _small() -> SequenceSplit:
         train=pl.DataFrame({"user_id": [0, 1], "sequence": [[0], [2]]}, schema=SEQUENCE),
         valid=held,
         test=held,
+        cold=COLD.to_frame(),
         num_items=5,
         protocol="leave_one_out",
         log="",
@@ -234,3 +236,60 @@ def test_the_order_in_which_treatments_are_named_does_not_matter_and_none_or_twi
     for wrong in ([], ["kept", "kept"], ["both"]):
         with pytest.raises(ValueError, match="seen"):
             EvaluateConfig.model_validate({"seen": wrong})
+
+
+@pytest.fixture(scope="module")
+def with_cold() -> SequenceSplit:
+    return hold_out(*plant(), SplitConfig(cold_share=0.2))
+
+
+def test_metrics_on_cold_targets_are_those_of_the_users_who_have_them(with_cold: SequenceSplit) -> None:
+    """The method finds targets in third place if their id is even, and never else."""
+
+    def rank(frame: pl.DataFrame, exclude_seen: bool) -> Ranking:
+        items = _place_of_target(with_cold, 3)(frame, exclude_seen).items.numpy()
+        targets = frame["target"].to_numpy()
+        items[targets % 2 == 1, 2] = (targets[targets % 2 == 1].astype(int) + 50) % with_cold.num_items
+        return _ranking(items)
+
+    report = evaluate_recommender("even", rank, with_cold, CONFIG, evaluate_baselines(with_cold, CONFIG))
+    cold = set(with_cold.cold["item_id"])
+    targets = [target for target in with_cold.test["target"] if target in cold]
+    assert report.details["cold"] == {"items": 24, "targets": len(targets)}
+    assert report.details["users"]["cold"] == len(targets) > 10
+    even = sum(target % 2 == 0 for target in targets) / len(targets)
+    assert 0 < even < 1 and even != _value(report, "even", "kept", "R@10")
+    assert _value(report, "even", "kept", "R@10", "cold") == pytest.approx(even)
+    assert _value(report, "even", "excluded", "N@5", "cold") == pytest.approx(even / 2)
+    for method in ("popularity", "itemknn", "even"):
+        ranks = report.ranks.filter(pl.col("target").is_in(list(cold)), method=method, seen="kept")["rank"]
+        hits = sum(rank is not None and rank <= 20 for rank in ranks)
+        assert _value(report, method, "kept", "R@20", "cold") == pytest.approx(hits / len(targets))
+    assert recompute(report, with_cold).equals(report.metrics)
+
+
+def test_cold_items_are_in_the_tail_and_a_split_without_them_has_no_such_slice(
+    with_cold: SequenceSplit, third: EvaluationReport
+) -> None:
+    report = evaluate_baselines(with_cold, CONFIG)
+    assert report.details["users"]["cold"] <= report.details["users"]["tail"]
+    assert set(report.metrics["slice"]) == {"all", "head", "tail", "cold"}
+    assert set(third.metrics["slice"]) == {"all", "head", "tail"}
+    assert "cold" not in third.details and "cold" not in third.details["users"]
+
+
+def test_baselines_do_not_find_what_they_have_not_met(with_cold: SequenceSplit) -> None:
+    report = evaluate_baselines(with_cold, CONFIG)
+    assert _value(report, "popularity", "kept", "R@20", "cold") == 0
+    assert _value(report, "popularity", "kept", "R@20") > 0
+
+
+def test_the_headline_is_all_users_and_recall_on_cold_targets_by_its_own_name(
+    with_cold: SequenceSplit, third: EvaluationReport
+) -> None:
+    metrics = evaluate_baselines(with_cold, CONFIG).metrics
+    rows = headline_rows(metrics)
+    cold = metrics.filter(slice="cold", metric="R@10")
+    assert rows.filter(metric="R@10 cold")["value"].equals(cold["value"]) and len(cold) == 4
+    assert rows.filter(pl.col("metric") != "R@10 cold").equals(metrics.filter(slice="all"))
+    assert headline_rows(third.metrics).equals(third.metrics.filter(slice="all"))

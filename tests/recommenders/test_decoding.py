@@ -7,6 +7,7 @@ searched with a toy head, and scored string by string without a trie.
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +16,27 @@ from torch import Tensor
 from components.recommenders.build import build_recommender
 from components.recommenders.causal import Causal, CausalConfig
 from components.recommenders.decoding import beam_search
+from components.recommenders.intrr import Intrr, IntrrConfig
 from components.recommenders.tiger import Tiger, TigerConfig
-from components.seams import BatchTokens, Catalogue, ItemTokens, Ranking, SequenceBatch, SymbolSpace
+from components.seams import BatchTokens, ItemFacts, ItemTokens, Ranking, SequenceBatch, SymbolSpace
 from components.tokenizers.trie import build_trie
 
 SPACE = SymbolSpace((4, 3), 3)
 NUM_SIDS = 4 * 3 * 3
 UNEQUAL = SymbolSpace((5, 5, 5, 5), 64, shared=True, shortest=1)
 SIZE = {"dim": 16, "layers": 2, "heads": 2, "head_dim": 8, "hidden": 32, "max_history": 6}
-CONFIGS = [CausalConfig(**SIZE), TigerConfig(**SIZE)]
+SMALL = {"uid_dim": 6, "ran_hidden": 12}
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"context": "prefix_sum", "assignment": "ste"},
+    {"reads": "uid_codewords", "writes": "autoregressive", "text": True},
+    {"reads": "flat", "backbone": "hstu"},
+]
+CONFIGS = [
+    CausalConfig(**SIZE),
+    TigerConfig(**SIZE),
+    *(IntrrConfig(**SIZE, **SMALL, **choices) for choices in CHOICES),
+]
 # Ragged; with repeats; the third has seen every item whose first code is 0.
 HISTORIES = [[3], [5, 1, 5, 5, 2], [0, 1, 2, 3, 4, 5], [7, 7, 7]]
 
@@ -40,10 +53,11 @@ def table(num_items: int) -> Tensor:
     return torch.cat([sids[:6], sids[others]])[:num_items]
 
 
-def model_of(config: CausalConfig | TigerConfig, seed: int = 0) -> Causal | Tiger:
+def model_of(config: CausalConfig | TigerConfig | IntrrConfig, seed: int = 0) -> Causal | Tiger | Intrr:
     """Random weights, large enough for scores that differ clearly."""
     torch.manual_seed(seed)
-    model = build_recommender(config, SPACE).eval()
+    facts = ItemFacts(torch.ones(NUM_SIDS, dtype=torch.bool), torch.randn(NUM_SIDS, 5))
+    model = build_recommender(config, SPACE, facts).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
@@ -51,28 +65,32 @@ def model_of(config: CausalConfig | TigerConfig, seed: int = 0) -> Causal | Tige
     return model
 
 
-def batch_of(histories: list[list[int]], targets: list[int] | None = None) -> SequenceBatch:
+def batch_of(
+    histories: list[list[int]], targets: list[int] | None = None, num_items: int = NUM_SIDS
+) -> SequenceBatch:
     """Pad by hand, with all items up to the highest as the unique ones."""
     longest = max(len(h) for h in histories)
     items = torch.tensor([h + [h[0]] * (longest - len(h)) for h in histories])
     mask = torch.tensor([[True] * len(h) + [False] * (longest - len(h)) for h in histories])
     target = torch.zeros(len(histories), dtype=torch.long) if targets is None else torch.tensor(targets)
-    return SequenceBatch(torch.arange(NUM_SIDS), items, mask, target)
+    return SequenceBatch(torch.arange(num_items), items, mask, target)
 
 
 @torch.no_grad()
-def string_costs(model: Causal | Tiger, history: list[int], item: int, symbols: Tensor) -> list[float]:
+def string_costs(
+    model: Causal | Tiger | Intrr, history: list[int], item: int, symbols: Tensor
+) -> list[float]:
     """Cross-entropy of each symbol of an item after a history, over all symbols of the step."""
     hard = ItemTokens(symbols)
     tokens = BatchTokens(hard, hard, hard)
-    steps = model.loss(batch_of([history], [item]), tokens).steps.double()
+    steps = model.loss(batch_of([history], [item], len(symbols)), tokens).steps.double()
     if model.positions == "all" and len(history) > 1:  # a mean over positions: take the earlier ones out
-        before = model.loss(batch_of([history[:-1]], [history[-1]]), tokens).steps.double()
+        before = model.loss(batch_of([history[:-1]], [history[-1]], len(symbols)), tokens).steps.double()
         steps = steps * len(history) - before * (len(history) - 1)
     return steps.tolist()
 
 
-def brute_force(model: Causal | Tiger, history: list[int], symbols: Tensor) -> dict[int, float]:
+def brute_force(model: Causal | Tiger | Intrr, history: list[int], symbols: Tensor) -> dict[int, float]:
     """Score every item: each step normalised over the symbols that lead to an item."""
     costs = {item: string_costs(model, history, item, symbols) for item in range(len(symbols))}
     sids = [tuple(sid) for sid in symbols.tolist()]
@@ -92,7 +110,7 @@ def brute_force(model: Causal | Tiger, history: list[int], symbols: Tensor) -> d
 
 @torch.no_grad()
 def rank(
-    model: Causal | Tiger,
+    model: Causal | Tiger | Intrr,
     histories: list[list[int]],
     symbols: Tensor,
     beams: int,
@@ -100,7 +118,10 @@ def rank(
     exclude_seen: bool = False,
 ) -> Ranking:
     return model.rank(
-        batch_of(histories), Catalogue(symbols, build_trie(symbols)), beams, exclude_seen=exclude_seen
+        batch_of(histories, None, len(symbols)),
+        model.catalogue(symbols, build_trie(symbols)),
+        beams,
+        exclude_seen=exclude_seen,
     )
 
 

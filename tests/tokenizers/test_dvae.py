@@ -15,7 +15,8 @@ from components.tokenizers.dvae import Dvae, DvaeConfig
 from components.tokenizers.prefixes import prefix_errors
 from components.tokenizers.sids import SidConfig, assign, codes_to_table, table_symbols
 from components.tokenizers.trie import build_trie
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 
 SMALL = {"vocabulary": 16, "positions": 4, "hidden": 16, "decoder_hidden": 16, "price": 3.0}
 NETWORKS = ("transformer", "sum")

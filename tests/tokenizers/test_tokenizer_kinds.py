@@ -19,7 +19,8 @@ from components.tokenizers.rkmeans import RkMeans, RkMeansConfig, kmeans, residu
 from components.tokenizers.rqvae import RqVae, RqVaeConfig, SinkhornConfig, mean_cosine
 from components.tokenizers.sids import SidConfig, assign
 from components.training.loop import LoopConfig
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 
 KINDS = (RqVaeConfig, RkMeansConfig)
 SMALL = {"codebook_sizes": [8, 4, 4]}

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from components.data.splits import count_events
 from components.seeding import seed_everything
 from components.tokenizers import stopping
+from components.tokenizers.build import load_tokenizer
 from components.tokenizers.dvae import Dvae, DvaeConfig
 from components.training import dvae as training
 from components.training.dvae import describe_names, total_loss, train_dvae, warm, weighted
 from components.training.loop import LoopConfig
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 
 
 class Toy(NamedTuple):
@@ -222,6 +225,16 @@ def test_figures_are_those_of_the_names(tiny) -> None:
     fixed = train_tokenizer(tiny.embeddings, small_stage(length="fixed"), split=tiny.split).metrics
     assert fixed["reconstruction/draw"] == pytest.approx(fixed["prefix_error/3"])
     assert not any(name.startswith(("length", "price")) for name in fixed)
+
+
+@pytest.mark.parametrize("price", [5.0, "auto"])
+def test_metrics_are_those_of_the_kept_weights(tiny, price) -> None:
+    stage = small_stage(price=price, beta=1e-4, free_nats=0.5)
+    checkpoint = train_tokenizer(tiny.embeddings, stage, split=tiny.split)
+    model, x = load_tokenizer(checkpoint), tiny.embeddings.matrix
+    counts = torch.from_numpy(count_events(tiny.split.train["sequence"], len(x))).float()
+    assert checkpoint.metrics == describe_names(model, model.names(x), counts)
+    assert checkpoint.steps == 6 * -(-len(x) // 64)
 
 
 def test_means_by_draw_weigh_items_by_their_interactions() -> None:

@@ -21,7 +21,8 @@ from components.tokenizers.rqvae import RqVaeConfig
 from components.tokenizers.sids import SidConfig, assign
 from components.tokenizers.sources import LiveSids, Paths
 from components.training.loop import LoopConfig
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 
 FLOOR = 1e-10
 SIZE: dict[str, Any] = dict(dim=16, layers=1, heads=2, head_dim=8, hidden=32, dropout=0.0)

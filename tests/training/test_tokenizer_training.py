@@ -5,12 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from components.artifacts import ContentEmbeddings, TokenizerCheckpoint
+from components.artifacts import ContentEmbeddings, SequenceSplit, TokenizerCheckpoint
+from components.data.splits import SplitConfig, hold_out
+from components.folders import ArtifactError
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.rkmeans import RkMeansConfig
 from components.tokenizers.rqvae import RqVaeConfig
+from components.tokenizers.sids import SidConfig, assign
 from components.training.loop import LoopConfig
-from components.training.tokenizer import TokenizerStage, train_tokenizer
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
 
 RQVAE = RqVaeConfig(codebook_sizes=[8, 8], hidden=[32], latent_dim=8)
 STAGE = TokenizerStage(model=RQVAE, loop=LoopConfig(epochs=12, validate_every=2), batch_size=64, lr=3e-3)
@@ -132,3 +136,78 @@ def test_embeddings_that_cannot_be_told_apart_stop_the_stage() -> None:
     )
     with pytest.raises(ValueError, match="collapsed latents"):
         train_tokenizer(same, STAGE)
+
+
+DVAE = {
+    "kind": "dvae",
+    "vocabulary": 8,
+    "positions": 2,
+    "typical_length": 1,
+    "hidden": 8,
+    "decoder_hidden": 8,
+}
+KINDS = {
+    "rqvae": RQVAE,
+    "rkmeans": RkMeansConfig(codebook_sizes=[8, 8]),
+    "rkmeans by interactions": RkMeansConfig(codebook_sizes=[8, 8], weights="interactions"),
+    "dvae": DVAE | {"price": 1.0},
+    "dvae drawn alike": DVAE | {"price": 1.0, "sampling": "uniform"},
+}
+
+
+def short(model: object) -> TokenizerStage:
+    loop = LoopConfig(epochs=4, validate_every=2)
+    return TokenizerStage.model_validate({"model": model, "loop": loop, "batch_size": 32})
+
+
+@pytest.fixture(scope="module")
+def cold(tiny) -> SequenceSplit:
+    return hold_out(tiny.log, tiny.catalog, SplitConfig(cold_share=0.2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_learned_does_not_depend_on_cold_items_and_all_items_are_named(
+    tiny, cold: SequenceSplit, kind: str
+) -> None:
+    def trained(matrix: torch.Tensor) -> TokenizerCheckpoint:
+        checkpoint = train_tokenizer(changed(matrix), short(KINDS[kind]), split=cold)
+        return replace(checkpoint, embeddings="")
+
+    def changed(matrix: torch.Tensor) -> ContentEmbeddings:
+        return replace(tiny.embeddings, vectors={"vectors": matrix})
+
+    x_ND, items = tiny.embeddings.matrix, cold.cold["item_id"].to_list()
+    other_ND = x_ND.clone()
+    other_ND[items] = 100 * torch.randn(len(items), x_ND.shape[1])
+    usual = trained(x_ND)
+    assert trained(other_ND).fingerprint == usual.fingerprint
+    warm_ND = x_ND.clone()
+    warm_ND[cold.train["sequence"][0][0]] *= -1
+    assert trained(warm_ND).fingerprint != usual.fingerprint
+
+    checkpoint = train_tokenizer(tiny.embeddings, short(KINDS[kind]), split=cold)
+    assert assign(checkpoint, tiny.embeddings, SidConfig(suffix_size=128), split=cold).num_items == len(x_ND)
+    assert checkpoint.provenance.parents["SequenceSplit"] == cold.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["rqvae", "rkmeans"])
+def test_a_tokenizer_is_fitted_as_if_cold_items_were_not_there_yet(
+    tiny, cold: SequenceSplit, kind: str
+) -> None:
+    warm = torch.ones(len(tiny.embeddings.matrix), dtype=torch.bool)
+    warm[cold.cold["item_id"].to_list()] = False
+    alone = replace(tiny.embeddings, vectors={"vectors": tiny.embeddings.matrix[warm]})
+    before = train_tokenizer(alone, short(KINDS[kind]))
+    after = train_tokenizer(tiny.embeddings, short(KINDS[kind]), split=cold)
+    assert replace(after, embeddings="").fingerprint == replace(before, embeddings="").fingerprint
+    everyone = train_tokenizer(tiny.embeddings, short(KINDS[kind]))
+    assert (
+        train_tokenizer(tiny.embeddings, short(KINDS[kind]), split=tiny.split).fingerprint
+        == everyone.fingerprint
+    )
+    assert replace(everyone, embeddings="").fingerprint != replace(before, embeddings="").fingerprint
+
+
+def test_a_split_of_another_catalogue_is_refused(embeddings: ContentEmbeddings, tiny) -> None:
+    with pytest.raises(ArtifactError, match="the SequenceSplit has 120 items, the ContentEmbeddings 300"):
+        train_tokenizer(embeddings, STAGE, split=tiny.split)
