@@ -54,6 +54,7 @@ def test_an_interrupted_attempt_is_continued(tiny, flyte_home: Path, tmp_path: P
         again = train_recommender(
             tiny.split,
             tiny.sids,
+            tiny.embeddings,
             STAGE,
             lambda step, values: epochs.append(values["epoch"]) if "epoch" in values else None,
             *second,

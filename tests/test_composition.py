@@ -1,0 +1,284 @@
+"""Composition is a contract: any tokenizer under any recommender, frozen or moving, unless one sentence refuses it.
+
+Every legal pair is trained on the planted log, small and short, and what comes out of it is held to the same laws.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable, TokenizerCheckpoint
+from components.data.batches import held_out_rows, pad
+from components.folders import ArtifactError
+from components.recommenders.build import RecommenderConfig, build_recommender, load_recommender
+from components.recommenders.causal import CausalConfig
+from components.recommenders.exact import exact_ranker
+from components.recommenders.intrr import Intrr, IntrrConfig, alignment
+from components.recommenders.tiger import TigerConfig
+from components.seams import Ranking, SequenceBatch
+from components.tokenizers.build import TokenizerConfig, load_tokenizer
+from components.tokenizers.dvae import DvaeConfig
+from components.tokenizers.live_dvae import LiveSource
+from components.tokenizers.rkmeans import RkMeansConfig
+from components.tokenizers.rqvae import RqVaeConfig
+from components.tokenizers.sids import SidConfig, assign, table_symbols
+from components.tokenizers.trie import build_trie
+from components.training.joint import JointConfig, JointStage, live_source, train_jointly
+from components.training.loop import LoopConfig
+from components.training.recommender import (
+    OptimConfig,
+    RecommenderStage,
+    ValidationConfig,
+    item_facts,
+    train_recommender,
+)
+from components.training.tokenizer import train_tokenizer
+from components.training.tokenizer_stage import TokenizerStage
+from workflows.config import AblationConfig, PipelineConfig
+
+SIZE: dict[str, Any] = {
+    "dim": 16,
+    "layers": 1,
+    "heads": 2,
+    "head_dim": 8,
+    "hidden": 32,
+    "dropout": 0.0,
+    "max_history": 5,
+}
+ONE_TOKEN: dict[str, Any] = SIZE | {"uid_dim": 8, "ran_hidden": 16}
+DVAE: dict[str, Any] = {
+    "vocabulary": 8,
+    "positions": 3,
+    "hidden": 16,
+    "decoder_hidden": 16,
+    "dropout": 0.0,
+    "price": 20.0,
+}
+TOKENIZERS: dict[str, TokenizerConfig] = {
+    "rkmeans": RkMeansConfig(codebook_sizes=[8, 6]),
+    "rqvae": RqVaeConfig(codebook_sizes=[8, 6], hidden=[16], latent_dim=8),
+    "dvae fixed": DvaeConfig(**DVAE, length="fixed"),
+    "dvae variable": DvaeConfig(**DVAE),
+}
+RECOMMENDERS: dict[str, RecommenderConfig] = {
+    "causal": CausalConfig(**SIZE),
+    "tiger": TigerConfig(**SIZE),
+    "intrr": IntrrConfig(**ONE_TOKEN),
+    "intrr codewords": IntrrConfig(**ONE_TOKEN, reads="codewords"),
+    "intrr flat": IntrrConfig(**ONE_TOKEN, reads="flat"),
+    "intrr autoregressive": IntrrConfig(**ONE_TOKEN, writes="autoregressive"),
+    "intrr text": IntrrConfig(**ONE_TOKEN, text=True),
+}
+JOINT = JointStage(tokenizer_lr=0.02, collapse=None)
+
+
+class Pair(NamedTuple):
+    """A tokenizer and a recommender, by name."""
+
+    tokenizer: str
+    recommender: str
+
+
+class Case(NamedTuple):
+    """A pair and how it is trained."""
+
+    pair: Pair
+    method: str
+
+
+EVERY = [Pair(tokenizer, recommender) for tokenizer in TOKENIZERS for recommender in RECOMMENDERS]
+REFUSED = [Pair("dvae variable", "tiger")]
+"""The only two kinds that do not fit: an encoder-decoder reads a history as a rectangle."""
+LEGAL = [pair for pair in EVERY if pair not in REFUSED]
+CASES = [Case(pair, method) for pair in LEGAL for method in ("static", "joint")]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*case.pair, case.method]))
+every_pair = pytest.mark.parametrize("pair", LEGAL, ids="-".join)
+
+
+class Named(NamedTuple):
+    """A trained tokenizer and the names that it gives the planted items."""
+
+    checkpoint: TokenizerCheckpoint
+    sids: SidTable
+
+
+class Trained(NamedTuple):
+    """What training a pair leaves behind."""
+
+    sids: SidTable
+    """The table that the recommender was trained with in the end."""
+    recommender: RecommenderCheckpoint
+    losses: list[float]
+    """Mean recommendation loss of each epoch, the alignment included where the table is frozen."""
+
+
+@pytest.fixture(scope="module")
+def split(tiny) -> SequenceSplit:
+    """A few training users: some items have no training events."""
+    few = replace(tiny.split, train=tiny.split.train.head(64))
+    assert not bool(item_facts(few, tiny.embeddings).trained.all())
+    return few
+
+
+@pytest.fixture(scope="module")
+def named(tiny) -> dict[str, Named]:
+    made = {}
+    for name, model in TOKENIZERS.items():
+        loop = LoopConfig(epochs=40, validate_every=40)
+        checkpoint = train_tokenizer(
+            tiny.embeddings, TokenizerStage(model=model, loop=loop, batch_size=40), split=tiny.split
+        )
+        made[name] = Named(checkpoint, assign(checkpoint, tiny.embeddings, SidConfig(suffix_size=120)))
+    lengths = made["dvae variable"].sids.codes["codes"].list.len()
+    assert lengths.n_unique() > 1  # else it is another fixed one
+    return made
+
+
+def stage(recommender: str) -> RecommenderStage:
+    model = RECOMMENDERS[recommender]
+    return RecommenderStage(
+        model=model,
+        loop=LoopConfig(epochs=2, log_every=1000),
+        batch_size=64 if isinstance(model, TigerConfig) else 16,
+        optim=OptimConfig(lr=1e-2, warmup_steps=1),
+        validation=ValidationConfig(users=16, beams=10),
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def train(tiny, split, named) -> Callable[[Case], Trained]:
+    """Train a pair, once for all laws."""
+
+    @functools.cache
+    def train(case: Case) -> Trained:
+        (tokenizer, recommender), (checkpoint, sids) = case.pair, named[case.pair.tokenizer]
+        recipe, logged = stage(recommender), []
+
+        def log(_: int, values) -> None:
+            logged.append(dict(values))
+
+        if case.method == "static":
+            result = train_recommender(split, sids, tiny.embeddings, recipe, log)
+        else:
+            config = JointConfig(recommender=recipe, joint=JOINT)
+            joint = train_jointly(split, tiny.embeddings, checkpoint, sids, config, log)
+            sids, result = joint.sids, joint.recommender
+        name = "train/recommendation" if case.method == "joint" else "train/loss"
+        return Trained(sids, result, [values[name] for values in logged if name in values])
+
+    return train
+
+
+def batch(split: SequenceSplit, rows: int = 8) -> SequenceBatch:
+    return pad(held_out_rows(split.valid), torch.arange(rows).numpy())
+
+
+def by_item(ranking: Ranking) -> Tensor:
+    """Return the scores in the order of the items."""
+    return ranking.scores.gather(1, ranking.items.argsort(dim=1))
+
+
+def live_pair(tiny, split, named, pair: Pair, weights: dict[str, Tensor]) -> tuple[LiveSource, Any]:
+    """Return the tokenizer of a pair as a live source, and the recommender with these weights above it."""
+    torch.manual_seed(0)
+    checkpoint, sids = named[pair.tokenizer]
+    config = JointConfig(recommender=stage(pair.recommender), joint=JOINT)
+    live, _ = live_source(load_tokenizer(checkpoint), tiny.embeddings.matrix, sids, config)
+    recommender = build_recommender(
+        RECOMMENDERS[pair.recommender], live.space, item_facts(split, tiny.embeddings)
+    )
+    recommender.load_state_dict(weights)
+    return live.train(), recommender
+
+
+@every_case
+def test_training_lowers_the_loss(train, case: Case) -> None:
+    first, second = train(case).losses
+    assert math.isfinite(first) and second < first
+
+
+@every_case
+def test_what_was_trained_loads_back_and_ranks_every_item_once(
+    train, split, case: Case, tmp_path: Path
+) -> None:
+    """Log-probabilities of all items make a distribution; where it is a chain, it can be had without a beam."""
+    sids, checkpoint, _ = train(case)
+    checkpoint.save(tmp_path / "recommender")
+    recommender = load_recommender(RecommenderCheckpoint.load(tmp_path / "recommender"), sids)
+    symbols, users = table_symbols(sids), batch(split)
+    with torch.no_grad():
+        catalogue = recommender.catalogue(symbols, build_trie(symbols))
+        beam = recommender.rank(users, catalogue, len(symbols), exclude_seen=False)
+        everything = torch.arange(len(symbols)).expand_as(beam.items)
+        assert torch.equal(beam.items.sort(dim=1).values, everything)
+        torch.testing.assert_close(beam.scores.exp().sum(dim=1), torch.ones(len(beam.scores)))
+        exact = exact_ranker(recommender, catalogue)
+        assert (exact is not None) == getattr(recommender.config, "scores_exactly", False)
+        if exact is not None:
+            scored = exact.rank(users, catalogue, len(symbols), exclude_seen=False)
+            torch.testing.assert_close(by_item(scored), by_item(beam), rtol=0, atol=1e-5)
+
+
+@every_pair
+def test_a_recommender_trained_jointly_refuses_the_table_that_it_started_from(train, named, pair) -> None:
+    (_, start), result = named[pair.tokenizer], train(Case(pair, "joint"))
+    assert result.sids.codes["codes"].to_list() != start.codes["codes"].to_list()
+    with pytest.raises(ArtifactError, match="symbols mean other items"):
+        load_recommender(result.recommender, start)
+
+
+@every_pair
+def test_the_recommendation_alone_reaches_every_codebook_and_the_alignment_reaches_none(
+    tiny, split, named, train, pair: Pair
+) -> None:
+    """Codes follow what is predicted, never what the items' own vectors find easy."""
+    live, recommender = live_pair(
+        tiny, split, named, pair, train(Case(pair, "static")).recommender.weights
+    )
+    users = batch(split)
+    loss = recommender.loss(users, live.tokens(users.unique))
+    aligned = getattr(recommender.config, "reads", None) == "ran"
+    assert list(loss.beside) == (["alignment"] if aligned else [])
+    for term in loss.beside.values():
+        pulled = torch.autograd.grad(term, list(live.trained_parameters()), retain_graph=True, allow_unused=True)
+        assert pulled == (None,) * len(pulled)
+    loss.total.backward()
+    for name, book in live.codebooks.items():
+        assert book.grad is not None and 1e-6 < float(book.grad.norm()) < math.inf, name
+
+
+@pytest.mark.parametrize("recommender", ["intrr", "intrr text"])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_the_alignment_of_a_joint_run_is_to_the_table_of_today(
+    tiny, split, named, train, tokenizer: str, recommender: str
+) -> None:
+    """Codebooks in reverse order: each item's code c becomes K - 1 - c, and no more than that."""
+    pair = Pair(tokenizer, recommender)
+    live, model = live_pair(tiny, split, named, pair, train(Case(pair, "static")).recommender.weights)
+    users, old = batch(split), live.symbols.clone()
+    last = torch.tensor([sum(live.space.codes(level)) - 1 for level in range(live.space.num_levels)])
+    codes, suffixes = old[:, :-1], old[:, 1:]
+    new = torch.where(old >= live.space.num_codes, old, -1)
+    new[:, :-1] = torch.where((codes >= 0) & (codes < live.space.num_codes), last - codes, new[:, :-1])
+    found, expected = [], []
+    for table in (old, new):
+        symbols, counts = table[users.unique], torch.bincount(users.items[users.mask])
+        walk = model.walk(users.unique, symbols)
+        counts = torch.nn.functional.pad(counts, (0, len(symbols) - len(counts)))
+        expected.append(0.1 * alignment(walk, symbols, live.space, counts))
+        found.append(model.loss(users, live.tokens(users.unique)).beside["alignment"])
+        with torch.no_grad():
+            for book in live.codebooks.values():
+                book.copy_(book.flip(0))
+        assert bool(live.refresh().all())
+    assert abs(float(found[1] - found[0])) > 0.01
+    torch.testing.assert_close(found, expected)
