@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from components.artifacts import RecommenderCheckpoint, SequenceSplit, SidTable, TokenizerCheckpoint
-from components.data.batches import held_out_rows, pad
+from components.data.batches import held_out_rows, pad, prefix_rows
 from components.folders import ArtifactError
 from components.recommenders.build import RecommenderConfig, build_recommender, load_recommender
 from components.recommenders.causal import CausalConfig
@@ -178,8 +177,8 @@ def train(tiny, split, named) -> Callable[[Case], Trained]:
     return train
 
 
-def batch(split: SequenceSplit, rows: int = 8) -> SequenceBatch:
-    return pad(held_out_rows(split.valid), torch.arange(rows).numpy())
+def training_batch(split: SequenceSplit) -> SequenceBatch:
+    return pad(prefix_rows(split.train, SIZE["max_history"]), torch.arange(32).numpy())
 
 
 def by_item(ranking: Ranking) -> Tensor:
@@ -214,7 +213,7 @@ def test_what_was_trained_loads_back_and_ranks_every_item_once(
     sids, checkpoint, _ = train(case)
     checkpoint.save(tmp_path / "recommender")
     recommender = load_recommender(RecommenderCheckpoint.load(tmp_path / "recommender"), sids)
-    symbols, users = table_symbols(sids), batch(split)
+    symbols, users = table_symbols(sids), pad(held_out_rows(split.valid), torch.arange(8).numpy())
     with torch.no_grad():
         catalogue = recommender.catalogue(symbols, build_trie(symbols))
         beam = recommender.rank(users, catalogue, len(symbols), exclude_seen=False)
@@ -241,22 +240,22 @@ def test_the_recommendation_alone_reaches_every_codebook_and_the_alignment_reach
     tiny, split, named, train, pair: Pair
 ) -> None:
     """Codes follow what is predicted, never what the items' own vectors find easy."""
-    live, recommender = live_pair(
-        tiny, split, named, pair, train(Case(pair, "static")).recommender.weights
-    )
-    users = batch(split)
+    live, recommender = live_pair(tiny, split, named, pair, train(Case(pair, "static")).recommender.weights)
+    users = training_batch(split)
     loss = recommender.loss(users, live.tokens(users.unique))
     aligned = getattr(recommender.config, "reads", None) == "ran"
     assert list(loss.beside) == (["alignment"] if aligned else [])
     for term in loss.beside.values():
-        pulled = torch.autograd.grad(term, list(live.trained_parameters()), retain_graph=True, allow_unused=True)
+        pulled = torch.autograd.grad(
+            term, list(live.trained_parameters()), retain_graph=True, allow_unused=True
+        )
         assert pulled == (None,) * len(pulled)
     loss.total.backward()
     for name, book in live.codebooks.items():
         assert book.grad is not None and 1e-6 < float(book.grad.norm()) < math.inf, name
 
 
-@pytest.mark.parametrize("recommender", ["intrr", "intrr text"])
+@pytest.mark.parametrize("recommender", ["intrr", "intrr text", "intrr autoregressive"])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_the_alignment_of_a_joint_run_is_to_the_table_of_today(
     tiny, split, named, train, tokenizer: str, recommender: str
@@ -264,21 +263,161 @@ def test_the_alignment_of_a_joint_run_is_to_the_table_of_today(
     """Codebooks in reverse order: each item's code c becomes K - 1 - c, and no more than that."""
     pair = Pair(tokenizer, recommender)
     live, model = live_pair(tiny, split, named, pair, train(Case(pair, "static")).recommender.weights)
-    users, old = batch(split), live.symbols.clone()
-    last = torch.tensor([sum(live.space.codes(level)) - 1 for level in range(live.space.num_levels)])
-    codes, suffixes = old[:, :-1], old[:, 1:]
-    new = torch.where(old >= live.space.num_codes, old, -1)
-    new[:, :-1] = torch.where((codes >= 0) & (codes < live.space.num_codes), last - codes, new[:, :-1])
-    found, expected = [], []
-    for table in (old, new):
-        symbols, counts = table[users.unique], torch.bincount(users.items[users.mask])
+    model.ran.scale = 4.0  # walks decided enough to tell tables apart
+    users, old = training_batch(split), live.symbols
+    levels, is_code = live.space.num_levels, (old >= 0) & (old < live.space.num_codes)
+    ends = torch.tensor([sum(live.space.codes(level)) - 1 for level in range(levels)] + [0])
+    new = torch.where(is_code, ends - old, old)
+    read_U = torch.bincount(users.items[users.mask], minlength=len(users.unique))
+
+    def found() -> Tensor:
+        return model.loss(users, live.tokens(users.unique)).beside["alignment"]
+
+    def expected(table: Tensor) -> Tensor:
+        symbols = table[users.unique]
         walk = model.walk(users.unique, symbols)
-        counts = torch.nn.functional.pad(counts, (0, len(symbols) - len(counts)))
-        expected.append(0.1 * alignment(walk, symbols, live.space, counts))
-        found.append(model.loss(users, live.tokens(users.unique)).beside["alignment"])
-        with torch.no_grad():
-            for book in live.codebooks.values():
-                book.copy_(book.flip(0))
+        return model.config.alignment * alignment(walk, symbols, live.space, read_U)
+
+    with torch.no_grad():
+        before = found()
+        torch.testing.assert_close(before, expected(old))
+        for book in live.codebooks.values():
+            book.copy_(book.flip(0))
         assert bool(live.refresh().all())
-    assert abs(float(found[1] - found[0])) > 0.01
-    torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found(), expected(new))
+        assert abs(float(found() - before)) > 0.01
+
+
+Settings = dict[str, dict[str, Any]]
+"""Sections of a pipeline, as a preset has them."""
+
+
+def settings(tokenizer: str, recommender: str, **sections: dict[str, Any]) -> Settings:
+    models = {
+        "tokenizer": {"model": TOKENIZERS[tokenizer].model_dump(mode="json")},
+        "recommender": {"model": RECOMMENDERS[recommender].model_dump(mode="json")},
+    }
+    return models | sections
+
+
+def model(**choices: Any) -> dict[str, Any]:
+    return {"recommender": {"model": choices}}
+
+
+@pytest.mark.parametrize("pair", EVERY, ids="-".join)
+def test_settings_are_accepted_for_exactly_the_pairs_that_can_be_trained(pair: Pair) -> None:
+    both = settings(*pair)
+    if pair in LEGAL:
+        PipelineConfig.model_validate(both).check_joint()
+        return
+    with pytest.raises(ValueError, match="recommender.model.kind tiger.*tokenizer.model.*length=fixed"):
+        PipelineConfig.model_validate(both)
+
+
+class Illegal(NamedTuple):
+    """Settings that do not fit together, and words that the refusal must have: the keys, and what to take instead."""
+
+    settings: Settings
+    words: list[str]
+    jointly: bool = False
+    """Whether the two-stage run of these settings is sound."""
+
+
+def drawn(kind: str, **more: Any) -> Illegal:
+    return Illegal(
+        settings("dvae fixed", "causal", joint={"exploration": {"kind": kind, **more}}),
+        [f"joint.exploration {kind}", "forward=sample", "dvae", "take kind none or gumbel"],
+        jointly=True,
+    )
+
+
+def exactly(recommender: str, **choices: Any) -> Illegal:
+    chosen = RECOMMENDERS[recommender].model_copy(update=choices).model_dump(mode="json")
+    return Illegal(
+        settings("rkmeans", "causal", evaluate={"decode": "exact"}) | model(**chosen),
+        [
+            "evaluate.decode=exact",
+            "recommender.model.kind intrr",
+            "writes=ran and context=last",
+            "decode=beam",
+        ],
+    )
+
+
+ILLEGAL = {
+    "lengths under tiger": Illegal(
+        settings("dvae variable", "tiger"),
+        [
+            "recommender.model.kind tiger",
+            "tokenizer.model",
+            "take kind causal",
+            "tokenizer.model.length=fixed",
+        ],
+    ),
+    "drawn codes of a dvae, ste": drawn("ste"),
+    "drawn codes of a dvae, sample": drawn("gumbel", forward="sample"),
+    "no encoder to train": Illegal(
+        settings("rkmeans", "intrr", joint={"train_encoder": True}),
+        ["joint.train_encoder", "tokenizer.model.kind rkmeans", "take kind rqvae"],
+        jointly=True,
+    ),
+    "too few tokens, one length": Illegal(
+        settings("rqvae", "causal") | model(kind="causal", max_tokens=2),
+        ["recommender.model.max_tokens 2", "longest SID of tokenizer.model, 3 symbols", "raise it"],
+    ),
+    "too few tokens, longest name": Illegal(
+        settings("dvae variable", "causal") | model(kind="causal", max_tokens=3),
+        ["recommender.model.max_tokens 3", "longest SID of tokenizer.model, 4 symbols", "raise it"],
+    ),
+    "exactly, causal": exactly("causal"),
+    "exactly, tiger": exactly("tiger"),
+    "exactly, prefix_sum": exactly("intrr", context="prefix_sum"),
+    "exactly, autoregressive": exactly("intrr autoregressive"),
+    "causal by another name": Illegal(
+        model(kind="intrr", reads="flat", writes="autoregressive"),
+        ["recommender.model", "reads=flat", "writes=autoregressive", "kind causal"],
+    ),
+    "hstu has no cache": Illegal(
+        model(kind="intrr", backbone="hstu", writes="autoregressive"),
+        ["recommender.model", "writes=autoregressive", "backbone=transformer or writes=ran"],
+    ),
+    "text without a vector, codewords": Illegal(
+        model(kind="intrr", text=True, reads="codewords"),
+        ["recommender.model", "text", "reads=codewords", "take reads ran, uid or uid_codewords"],
+    ),
+    "text without a vector, flat": Illegal(
+        model(kind="intrr", text=True, reads="flat"),
+        ["recommender.model", "text", "reads=flat", "take reads ran, uid or uid_codewords"],
+    ),
+    "suffix cost without a gradient": Illegal(
+        settings("rkmeans", "intrr", joint={"suffix_cost": 1.0, "routing": "historical"}),
+        ["joint.suffix_cost", "joint.routing end_to_end", "set it to 0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("illegal", ILLEGAL.values(), ids=ILLEGAL)
+def test_what_does_not_fit_is_refused_in_a_sentence_before_anything_runs(illegal: Illegal) -> None:
+    """As a pipeline, and as an arm of an ablation whose other settings are sound."""
+    refusals = []
+    with pytest.raises(ValueError) as refused:
+        config = PipelineConfig.model_validate(illegal.settings)
+        assert illegal.jointly  # a two-stage run of these settings would go on
+        config.check_joint()
+    refusals.append(str(refused.value))
+
+    shared = {"evaluate": illegal.settings.get("evaluate", {})} | model(kind="intrr")
+    changed = {
+        f"{section}.{key}": value
+        for section, values in illegal.settings.items()
+        if section != "evaluate"
+        for key, value in values.items()
+    }
+    arm = {"name": "unfit", "method": "joint", "settings": changed}
+    AblationConfig.model_validate(shared | {"arms": [arm | {"settings": {}}]})
+    with pytest.raises(ValueError, match="arm 'unfit': ") as refused:
+        AblationConfig.model_validate(shared | {"arms": [arm]})
+    refusals.append(str(refused.value))
+    for refusal in refusals:
+        missing = [word for word in illegal.words if word not in refusal]
+        assert missing == [], refusal

@@ -15,6 +15,7 @@ from components.recommenders.intrr import IntrrConfig
 from components.recommenders.tiger import TigerConfig
 from components.tokenizers.dvae import DvaeConfig
 from components.tokenizers.live_dvae import check_forward
+from components.tokenizers.rkmeans import RkMeansConfig
 from components.tokenizers.sids import SidConfig, check_assignment
 from components.training.joint import JointConfig, JointStage
 from components.training.recommender import RecommenderStage
@@ -83,7 +84,7 @@ class PipelineConfig(Config):
         model = self.recommender.model
         exactly = isinstance(model, IntrrConfig) and model.scores_exactly
         if self.evaluate.decode == "exact" and not exactly:
-            raise ValueError(NOT_EXACT)
+            raise ValueError(f"evaluate.{NOT_EXACT}")
         return self
 
     @model_validator(mode="after")
@@ -99,8 +100,8 @@ class PipelineConfig(Config):
         return self
 
     def check_joint(self) -> None:
-        """Refuse, before anything is trained, a joint run that would read codes drawn by a dvae, or refresh a table
-        by another rule than made it.
+        """Refuse, before anything is trained, a joint run that would read codes drawn by a dvae, train an encoder that
+        is not there, or refresh a table by another rule than made it.
 
         Raises
         ------
@@ -109,6 +110,11 @@ class PipelineConfig(Config):
         """
         if isinstance(self.tokenizer.model, DvaeConfig):
             check_forward(self.joint.exploration)
+        if isinstance(self.tokenizer.model, RkMeansConfig) and self.joint.train_encoder:
+            raise ValueError(
+                "joint.train_encoder is set, but tokenizer.model.kind rkmeans has no encoder: take kind rqvae or dvae, "
+                "or unset it"
+            )
         made, refreshed = self.sids, self.joint.refresh
         keys = ["assignment", "length"] + ["epsilon", "iterations"] * (made.assignment == "sinkhorn")
         for key in keys:
