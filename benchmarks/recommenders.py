@@ -49,7 +49,11 @@ from workflows.config import PipelineConfig
 BATCHES, REPETITIONS, WARM_UP, SMOKE = 60, 30, 3, 2
 CODES, LEVELS, SUFFIXES = 64, 3, 128
 USERS, HISTORIES, BEAMS = (1, 32), (8, 32, 128), (10, 20, 50)
-RESULT = Path(__file__).parent / "results" / "recommenders.md"
+TRAINED_ON = 32
+"""Items of a history in training, at most."""
+PUBLISHED = StackConfig(dim=256, layers=4, heads=6, head_dim=64, hidden=1024, dropout=0.15)
+"""The stack of IntRR (arXiv 2602.20704), but for its feed-forward layer of three linears."""
+RESULTS = Path(__file__).parent / "results"
 
 KINDS = {"causal": CausalConfig, "tiger": TigerConfig, "intrr": IntrrConfig}
 BASE, EXACT = "causal", "intrr exact"
@@ -100,9 +104,15 @@ class Spent:
 
 
 def models(like: StackConfig, max_history: int) -> dict[str, RecommenderConfig]:
-    """Return every kind of recommender, as large as a stack."""
+    """Return every kind of recommender, as large as a stack; the RAN's hidden layer is twice as wide as the model, as
+    published, where the model is as wide as published, and else as by default.
+    """
     sizes = {name: getattr(like, name) for name in StackConfig.model_fields}
-    return {name: kind(**sizes, max_history=max_history) for name, kind in KINDS.items()}
+    published = {"intrr": {"ran_hidden": 512, "uid_dim": 512}} if like.dim == PUBLISHED.dim else {}
+    return {
+        name: kind(**sizes, max_history=max_history, **published.get(name, {}))
+        for name, kind in KINDS.items()
+    }
 
 
 def random_sids(items: int) -> SidTable:
@@ -280,6 +290,7 @@ def main() -> None:
         "--repetitions", type=int, default=REPETITIONS, help=f"times a request (default {REPETITIONS})"
     )
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE} of each, one request, no file")
+    parser.add_argument("--published", action="store_true", help="d 256 and 4 layers, into a file of its own")
     parser.add_argument("--commit", default="not given", help="commit to name in the result file")
     arguments = parser.parse_args()
     count, repetitions = (SMOKE, SMOKE) if arguments.smoke else (arguments.batches, arguments.repetitions)
@@ -287,10 +298,10 @@ def main() -> None:
     load, started = os.getloadavg()[0], time.process_time()
 
     config = load_preset(PipelineConfig, "quickstart", ["recommender.device=cpu"])
-    stage, size = config.recommender, config.recommender.model
+    stage, size = config.recommender, PUBLISHED if arguments.published else config.recommender.model
     split = hold_out(*ingest(config.ingest), config.split)
     sids = random_sids(split.num_items)
-    learning = models(size, size.max_history)
+    learning = models(size, TRAINED_ON)
     arms = {name: training_arm(split, sids, model, stage) for name, model in learning.items()}
     trained = time_training(arms, count, stage.loop.clip_norm)
     peaks = {
@@ -318,7 +329,7 @@ def main() -> None:
         f"recommender has them, made before; `{EXACT}` replaces its beam search by exact scores of the catalogue, so "
         "beams are the length of its list alone.",
         "",
-        f"Training: {stage.batch_size} rows a step of histories of up to {size.max_history} items, {count} steps after "
+        f"Training: {stage.batch_size} rows a step of histories of up to {TRAINED_ON} items, {count} steps after "
         f"{WARM_UP} of warm-up; pairs a step, mean: {pairs}. Peak memory is of a fresh process that takes {count} "
         f"steps, resident, interpreter, torch and data included. Requests: full histories of random items, "
         f"{repetitions} times each after {WARM_UP} of warm-up; models of max_history {max(HISTORIES)}.",
@@ -337,8 +348,9 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if not arguments.smoke:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text("\n".join(lines) + "\n")
+        RESULTS.mkdir(exist_ok=True)
+        name = "recommenders-published.md" if arguments.published else "recommenders.md"
+        (RESULTS / name).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from components.folders import ArtifactError
 from components.recommenders.build import RecommenderConfig, build_recommender, load_recommender
 from components.recommenders.causal import CausalConfig
 from components.recommenders.exact import exact_ranker
-from components.recommenders.intrr import Intrr, IntrrConfig, alignment
+from components.recommenders.intrr import IntrrConfig, alignment
 from components.recommenders.tiger import TigerConfig
 from components.seams import Ranking, SequenceBatch
 from components.tokenizers.build import TokenizerConfig, load_tokenizer
@@ -116,7 +116,7 @@ class Trained(NamedTuple):
     """The table that the recommender was trained with in the end."""
     recommender: RecommenderCheckpoint
     losses: list[float]
-    """Mean recommendation loss of each epoch, the alignment included where the table is frozen."""
+    """Mean recommendation loss of each epoch."""
 
 
 @pytest.fixture(scope="module")
@@ -159,20 +159,19 @@ def train(tiny, split, named) -> Callable[[Case], Trained]:
 
     @functools.cache
     def train(case: Case) -> Trained:
-        (tokenizer, recommender), (checkpoint, sids) = case.pair, named[case.pair.tokenizer]
-        recipe, logged = stage(recommender), []
+        checkpoint, sids = named[case.pair.tokenizer]
+        recipe, logged = stage(case.pair.recommender), []
 
         def log(_: int, values) -> None:
-            logged.append(dict(values))
+            if "train/loss" in values:
+                beside = values.get("train/alignment", 0)
+                logged.append(values.get("train/recommendation", values["train/loss"] - beside))
 
         if case.method == "static":
-            result = train_recommender(split, sids, tiny.embeddings, recipe, log)
-        else:
-            config = JointConfig(recommender=recipe, joint=JOINT)
-            joint = train_jointly(split, tiny.embeddings, checkpoint, sids, config, log)
-            sids, result = joint.sids, joint.recommender
-        name = "train/recommendation" if case.method == "joint" else "train/loss"
-        return Trained(sids, result, [values[name] for values in logged if name in values])
+            return Trained(sids, train_recommender(split, sids, tiny.embeddings, recipe, log), logged)
+        config = JointConfig(recommender=recipe, joint=JOINT)
+        joint = train_jointly(split, tiny.embeddings, checkpoint, sids, config, log)
+        return Trained(joint.sids, joint.recommender, logged)
 
     return train
 
@@ -202,7 +201,7 @@ def live_pair(tiny, split, named, pair: Pair, weights: dict[str, Tensor]) -> tup
 @every_case
 def test_training_lowers_the_loss(train, case: Case) -> None:
     first, second = train(case).losses
-    assert math.isfinite(first) and second < first
+    assert math.isfinite(first) and second < 0.97 * first
 
 
 @every_case
@@ -252,7 +251,7 @@ def test_the_recommendation_alone_reaches_every_codebook_and_the_alignment_reach
         assert pulled == (None,) * len(pulled)
     loss.total.backward()
     for name, book in live.codebooks.items():
-        assert book.grad is not None and 1e-6 < float(book.grad.norm()) < math.inf, name
+        assert book.grad is not None and 1e-4 < float(book.grad.norm()) < math.inf, name
 
 
 @pytest.mark.parametrize("recommender", ["intrr", "intrr text", "intrr autoregressive"])
@@ -300,7 +299,7 @@ def settings(tokenizer: str, recommender: str, **sections: dict[str, Any]) -> Se
     return models | sections
 
 
-def model(**choices: Any) -> dict[str, Any]:
+def reading_with(**choices: Any) -> dict[str, Any]:
     return {"recommender": {"model": choices}}
 
 
@@ -334,7 +333,7 @@ def drawn(kind: str, **more: Any) -> Illegal:
 def exactly(recommender: str, **choices: Any) -> Illegal:
     chosen = RECOMMENDERS[recommender].model_copy(update=choices).model_dump(mode="json")
     return Illegal(
-        settings("rkmeans", "causal", evaluate={"decode": "exact"}) | model(**chosen),
+        settings("rkmeans", "causal", evaluate={"decode": "exact"}) | reading_with(**chosen),
         [
             "evaluate.decode=exact",
             "recommender.model.kind intrr",
@@ -362,11 +361,11 @@ ILLEGAL = {
         jointly=True,
     ),
     "too few tokens, one length": Illegal(
-        settings("rqvae", "causal") | model(kind="causal", max_tokens=2),
+        settings("rqvae", "causal") | reading_with(kind="causal", max_tokens=2),
         ["recommender.model.max_tokens 2", "longest SID of tokenizer.model, 3 symbols", "raise it"],
     ),
     "too few tokens, longest name": Illegal(
-        settings("dvae variable", "causal") | model(kind="causal", max_tokens=3),
+        settings("dvae variable", "causal") | reading_with(kind="causal", max_tokens=3),
         ["recommender.model.max_tokens 3", "longest SID of tokenizer.model, 4 symbols", "raise it"],
     ),
     "exactly, causal": exactly("causal"),
@@ -374,19 +373,19 @@ ILLEGAL = {
     "exactly, prefix_sum": exactly("intrr", context="prefix_sum"),
     "exactly, autoregressive": exactly("intrr autoregressive"),
     "causal by another name": Illegal(
-        model(kind="intrr", reads="flat", writes="autoregressive"),
+        reading_with(kind="intrr", reads="flat", writes="autoregressive"),
         ["recommender.model", "reads=flat", "writes=autoregressive", "kind causal"],
     ),
     "hstu has no cache": Illegal(
-        model(kind="intrr", backbone="hstu", writes="autoregressive"),
+        reading_with(kind="intrr", backbone="hstu", writes="autoregressive"),
         ["recommender.model", "writes=autoregressive", "backbone=transformer or writes=ran"],
     ),
     "text without a vector, codewords": Illegal(
-        model(kind="intrr", text=True, reads="codewords"),
+        reading_with(kind="intrr", text=True, reads="codewords"),
         ["recommender.model", "text", "reads=codewords", "take reads ran, uid or uid_codewords"],
     ),
     "text without a vector, flat": Illegal(
-        model(kind="intrr", text=True, reads="flat"),
+        reading_with(kind="intrr", text=True, reads="flat"),
         ["recommender.model", "text", "reads=flat", "take reads ran, uid or uid_codewords"],
     ),
     "suffix cost without a gradient": Illegal(
@@ -399,25 +398,21 @@ ILLEGAL = {
 @pytest.mark.parametrize("illegal", ILLEGAL.values(), ids=ILLEGAL)
 def test_what_does_not_fit_is_refused_in_a_sentence_before_anything_runs(illegal: Illegal) -> None:
     """As a pipeline, and as an arm of an ablation whose other settings are sound."""
-    refusals = []
-    with pytest.raises(ValueError) as refused:
-        config = PipelineConfig.model_validate(illegal.settings)
-        assert illegal.jointly  # a two-stage run of these settings would go on
-        config.check_joint()
-    refusals.append(str(refused.value))
+    read = functools.partial(PipelineConfig.model_validate, illegal.settings)
+    check = read().check_joint if illegal.jointly else read
+    with pytest.raises(ValueError) as alone:
+        check()
 
-    shared = {"evaluate": illegal.settings.get("evaluate", {})} | model(kind="intrr")
+    shared = {"evaluate": illegal.settings.get("evaluate", {})} | reading_with(kind="intrr")
     changed = {
         f"{section}.{key}": value
         for section, values in illegal.settings.items()
         if section != "evaluate"
         for key, value in values.items()
     }
-    arm = {"name": "unfit", "method": "joint", "settings": changed}
-    AblationConfig.model_validate(shared | {"arms": [arm | {"settings": {}}]})
-    with pytest.raises(ValueError, match="arm 'unfit': ") as refused:
-        AblationConfig.model_validate(shared | {"arms": [arm]})
-    refusals.append(str(refused.value))
-    for refusal in refusals:
-        missing = [word for word in illegal.words if word not in refusal]
-        assert missing == [], refusal
+    arm = {"name": "unfit", "method": "joint"}
+    AblationConfig.model_validate(shared | {"arms": [arm]})
+    with pytest.raises(ValueError, match="arm 'unfit': ") as among_others:
+        AblationConfig.model_validate(shared | {"arms": [arm | {"settings": changed}]})
+    for refusal in (str(alone.value), str(among_others.value)):
+        assert [word for word in illegal.words if word not in refusal] == [], refusal

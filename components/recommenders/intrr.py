@@ -47,23 +47,23 @@ class IntrrConfig(StackConfig):
     max_history: int = Field(20, ge=1)
     """Latest items of a history that are read."""
     reads: Literal["ran", "uid", "codewords", "uid_codewords", "flat"] = "ran"
-    """What an item is read as. ran: its own vector (UID), walked through the codebooks. Controls: the UID itself; the
-    sum of its SID's code vectors; UID and code vectors; flat: one token a symbol, as causal reads it."""
+    """ran: its own vector (UID), walked through the codebooks. Controls: uid, that vector itself; codewords, the sum of
+    its SID's code vectors; uid_codewords, both added; flat, one token a symbol, as causal reads it."""
     writes: Literal["ran", "autoregressive"] = "ran"
-    """How codes are written. ran: by the RAN from the user's state. autoregressive: through the backbone, code by
-    code, as causal does; a control."""
+    """ran: codes by the RAN, from the user's state. autoregressive: through the backbone, code by code, as causal does; a
+    control."""
     assignment: Literal["soft", "ste"] = "soft"
-    """What the walk reads of a codebook: the weighted mean of its vectors, or the best one with the gradient of the
-    mean (as released). Hard codes can give two items one token."""
+    """soft: a walk reads the weighted mean of a codebook's vectors. ste: the best one, with the gradient of the mean (as
+    released); two items can then have one token."""
     context: Literal["last", "prefix_sum"] = "last"
-    """What a step of the RAN looks back at: the code before, or the sum of all before. Only with last can the whole
-    catalogue be scored exactly."""
+    """last: a step of the RAN looks back at the code before. prefix_sum: at the sum of all before. Only with last can the
+    whole catalogue be scored exactly."""
     alignment: float = Field(0.1, ge=0)
     """Weight of the cross-entropy between an item's walk and its SID. 0: as released, nothing holds them together."""
     product: Literal["scaled", "raw"] = "scaled"
-    """Scores of codes: divided by sqrt(dim), or raw as released, which starts saturated."""
+    """scaled: scores of codes are divided by sqrt(dim). raw: they are not, as released, and start saturated."""
     backbone: Literal["transformer", "hstu"] = "transformer"
-    """What runs over the tokens."""
+    """transformer or hstu: what runs over the tokens; hstu only with writes=ran."""
     uid_dim: int = Field(64, ge=1)
     """Width E of an item's own vector."""
     ran_hidden: int = Field(128, ge=1)
@@ -172,14 +172,14 @@ class Intrr(nn.Module):
             hidden_PD = self._read_strings(self.symbols(tokens.history), tokens.history, items, present)
         else:
             x_UD, walk = self._read(batch.unique, tokens.history)
-            x_BTD = self.dropout(x_UD[items[:, :-1]] + self.place[: items.shape[1] - 1])
-            if self.config.writes == "autoregressive":
-                return self._continue(x_BTD, items[:, 1:], predicted, tokens)
-            hidden_PD = self._run(x_BTD)[predicted]
             if walk is not None and self.config.alignment:
                 read_U = torch.bincount(batch.items[batch.mask], minlength=len(x_UD))
                 aligned = alignment(walk, tokens.history.symbols, self.space, read_U)
                 beside["alignment"] = self.config.alignment * aligned
+            x_BTD = self.dropout(x_UD[items[:, :-1]] + self.place[: items.shape[1] - 1])
+            if self.config.writes == "autoregressive":
+                return self._continue(x_BTD, items[:, 1:], predicted, tokens)._replace(beside=beside)
+            hidden_PD = self._run(x_BTD)[predicted]
 
         symbols_PS = tokens.target.symbols[items_P]
         context_USD = self.ran.contexts(self.symbols(tokens.forced))

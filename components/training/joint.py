@@ -57,7 +57,8 @@ class PathsConfig(Config):
     """On which ways the recommendation loss reaches the codes: three switches."""
 
     history: bool = True
-    """Through the items that are read as context."""
+    """Through the items that are read as context; nothing goes this way where intrr reads ran or uid, which know no
+    codes."""
     teacher_forcing: bool = True
     """Through the known beginning of the item that is written."""
     target: bool = True

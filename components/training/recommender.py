@@ -75,8 +75,8 @@ class RecommenderStage(Config):
     batch_size: int = Field(64, ge=1)
     """Histories a step."""
     batch_tokens: int | None = Field(None, ge=1)
-    """Symbols a step: histories are packed until they have about so many, instead of ``batch_size`` histories; null:
-    ``batch_size`` histories."""
+    """Tokens a step, symbols of SIDs or whole items as the recommender reads them: histories are packed until they have
+    about so many, instead of ``batch_size`` histories; null: ``batch_size`` histories."""
     optim: OptimConfig = OptimConfig()
     """Optimiser of the recommender."""
     validation: ValidationConfig = ValidationConfig()
