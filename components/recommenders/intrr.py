@@ -50,14 +50,14 @@ class IntrrConfig(StackConfig):
     """ran: its own vector (UID), walked through the codebooks. Controls: uid, that vector itself; codewords, the sum of
     its SID's code vectors; uid_codewords, both added; flat, one token a symbol, as causal reads it."""
     writes: Literal["ran", "autoregressive"] = "ran"
-    """ran: codes by the RAN, from the user's state. autoregressive: through the backbone, code by code, as causal does; a
-    control."""
+    """ran: codes by the RAN, from the user's state. autoregressive: through the backbone, code by code, as causal does;
+    a control."""
     assignment: Literal["soft", "ste"] = "soft"
-    """soft: a walk reads the weighted mean of a codebook's vectors. ste: the best one, with the gradient of the mean (as
-    released); two items can then have one token."""
+    """soft: a walk reads the weighted mean of a codebook's vectors. ste: the best one, with the gradient of the mean
+    (as released); two items can then have one token."""
     context: Literal["last", "prefix_sum"] = "last"
-    """last: a step of the RAN looks back at the code before. prefix_sum: at the sum of all before. Only with last can the
-    whole catalogue be scored exactly."""
+    """last: a step of the RAN looks back at the code before. prefix_sum: at the sum of all before. Only with last can
+    the whole catalogue be scored exactly."""
     alignment: float = Field(0.1, ge=0)
     """Weight of the cross-entropy between an item's walk and its SID. 0: as released, nothing holds them together."""
     product: Literal["scaled", "raw"] = "scaled"
