@@ -197,7 +197,10 @@ class Artifact:
             values[name] = kinds[name].load(folder / name)
         unknown = sorted(values.keys() ^ ({f.name for f in fields(cls)} - {"provenance"}))
         if unknown:
-            raise ArtifactError(f"{folder}: manifest and {cls.kind()} disagree on the fields {unknown}")
+            raise ArtifactError(
+                f"{folder}: manifest and {cls.kind()} disagree on the fields {unknown}, as versions of sidflow do; "
+                "run the stage that made it again"
+            )
         artifact = cls(**values, provenance=Provenance(**manifest["provenance"]))
         if artifact.fingerprint != manifest["fingerprint"]:
             raise ArtifactError(

@@ -84,9 +84,20 @@ class ItemFacts(NamedTuple):
     """What is known of the catalogue's items beside their SIDs; row = item id."""
 
     trained: Tensor
-    """(N,) bool, items that have training events; of the others only content is known."""
+    """(N,) bool, items that training reads; of the others only content is known."""
     vectors: Tensor
     """(N, X) float32, content vectors."""
+
+
+class Choices(NamedTuple):
+    """What might stand in place of one symbol of an item's SID, after the same beginning, and lead on to an item."""
+
+    columns: Tensor
+    """(U, F) long, places among the symbols that the step may write."""
+    real: Tensor
+    """(U, F) bool, False in padding."""
+    own: Tensor
+    """(U,) long, which of them is the item's. Rows of items whose SID has ended before are not to be read."""
 
 
 class ItemTokens(NamedTuple):
@@ -97,6 +108,8 @@ class ItemTokens(NamedTuple):
     weights: tuple[Tensor, ...] | None = None
     """One (U, K) a level: the one-hot code in value, the soft assignment in gradient. Rows of items whose SID has no
     code on a level are not to be read. None: hard codes."""
+    choices: tuple[Choices, ...] | None = None
+    """One a step: what a predicted symbol is normalised over. None: all symbols that the step may write."""
 
 
 class Quantized(NamedTuple):

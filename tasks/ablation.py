@@ -19,6 +19,8 @@ from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.tracking import mark_pipeline, tracked
 
+STAGES = {"two_stage": "fit_recommender", "joint": "fit_jointly"}
+"""The stage that trains the recommender, by method."""
 WIDTH = 120
 """Columns of a log file, which has no width of its own."""
 
@@ -110,8 +112,9 @@ def mark_collapses(result: Ablation, run_id: str) -> None:
         MLflow run of the pipeline.
     """
     stopped = result.tables.drop_nulls("collapsed_at_epoch")
+    methods = dict(result.summary.select("arm", "method").iter_rows())
     texts = {
-        f"fit_jointly {arms.run_name(row['arm'], row['seed'])}": f"epoch {row['collapsed_at_epoch']}"
+        f"{STAGES[methods[row['arm']]]} {arms.run_name(row['arm'], row['seed'])}": f"epoch {row['collapsed_at_epoch']}"
         for row in stopped.iter_rows(named=True)
     }
     mark_pipeline(run_id, "collapsed", texts)

@@ -1,5 +1,6 @@
 """Rank the whole catalogue for every test user, and set methods side by side."""
 
+import functools
 from typing import Annotated, Any, NamedTuple
 
 import polars as pl
@@ -93,7 +94,7 @@ def record_beam_loss(run: StageRun, lost: list[dict[str, Any]]) -> None:
         run.say(f"seen items {row['seen']}: the beam lists {row['found']:.1%} of the exact top")
 
 
-@task(**runtime.CPU, cache=runtime.cached("1"))
+@task(**runtime.CPU, cache=runtime.cached("2"))
 def evaluate_baselines(
     split: Annotated[SequenceSplit, by_content], config: EvaluateConfig, run_id: str = ""
 ) -> Annotated[EvaluationReport, by_content]:
@@ -111,7 +112,7 @@ def evaluate_baselines(
         return report
 
 
-@task(**runtime.GPU, cache=runtime.cached("1"))
+@task(**runtime.GPU, cache=runtime.cached("2"))
 def evaluate_recommender(
     name: str,
     recommender: Annotated[RecommenderCheckpoint, by_content],
@@ -136,14 +137,18 @@ def evaluate_recommender(
         f"evaluate_recommender {name}", config, run_id, [recommender, sids, split, baselines]
     ) as run:
         beam, exact = rankers(recommender, sids, config)
-        if config.decode == "exact":
-            if exact is None:
-                raise ValueError(NOT_EXACT)
-            report = reporting.evaluate_recommender(name, exact, split, config, baselines)
-        else:
-            lost = beam_loss(beam, exact, split, config) if exact is not None else []
-            report = reporting.evaluate_recommender(name, beam, split, config, baselines, lost)
+        ranks = beam if config.decode == "beam" else exact
+        if ranks is None:
+            raise ValueError(NOT_EXACT)
+        lists = functools.cache(functools.partial(ranks, split.test))  # by the treatment of seen items
+        details: dict[str, Any] = {"decode": config.decode}
+        if config.decode == "beam" and exact is not None:
+            lost = beam_loss(lists, exact, split, config)
+            details["beam_loss"] = [{"method": name} | row for row in lost]
             record_beam_loss(run, lost)
+        report = reporting.evaluate_recommender(
+            name, lambda _, exclude_seen: lists(exclude_seen), split, config, baselines, details
+        )
         record_method(run, name, report)
         run.output(report)
         return report

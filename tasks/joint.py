@@ -27,7 +27,7 @@ class Joint(NamedTuple):
     recommender: Annotated[RecommenderCheckpoint, by_content]
 
 
-@task(**runtime.GPU, cache=runtime.cached("1", "name"))
+@task(**runtime.GPU, cache=runtime.cached("2", "name"))
 def fit_jointly(
     split: Annotated[SequenceSplit, by_content],
     embeddings: Annotated[ContentEmbeddings, by_content],

@@ -6,6 +6,7 @@ from flytekit import task
 
 from components.artifacts import ContentEmbeddings, RecommenderCheckpoint, SequenceSplit, SidTable
 from components.metrics.sids import COLLAPSED_AT
+from components.training.item_figures import REMEDY
 from components.training.recommender import RecommenderStage, train_recommender
 from tasks import runtime
 from tasks.checkpoints import resumable
@@ -13,7 +14,7 @@ from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("1", "name"))
+@task(**runtime.GPU, cache=runtime.cached("2", "name"))
 def fit_recommender(
     split: Annotated[SequenceSplit, by_content],
     sids: Annotated[SidTable, by_content],
@@ -37,7 +38,8 @@ def fit_recommender(
         run.finish_training(checkpoint.metrics)
         if (epoch := checkpoint.metrics.get(COLLAPSED_AT)) is not None:
             text = (
-                f"epoch {epoch:.0f}: the items' walks through the codebooks collapse (items/distinct_paths)"
+                f"epoch {epoch:.0f}: the items' walks through the codebooks collapse, their share of distinct paths is "
+                f"below recommender.min_paths {config.min_paths:g}; {REMEDY}"
             )
             run.mark("collapsed", text)
         run.output(checkpoint)

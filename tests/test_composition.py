@@ -28,7 +28,7 @@ from components.tokenizers.dvae import DvaeConfig
 from components.tokenizers.live_dvae import LiveSource
 from components.tokenizers.rkmeans import RkMeansConfig
 from components.tokenizers.rqvae import RqVaeConfig
-from components.tokenizers.sids import SidConfig, assign, table_symbols
+from components.tokenizers.sids import SidConfig, assign, space_of, table_symbols
 from components.tokenizers.trie import build_trie
 from components.training.joint import JointConfig, JointStage, live_source, train_jointly
 from components.training.loop import LoopConfig
@@ -226,6 +226,27 @@ def test_what_was_trained_loads_back_and_ranks_every_item_once(
             torch.testing.assert_close(by_item(scored), by_item(beam), rtol=0, atol=1e-5)
 
 
+def test_items_are_read_after_loading_as_in_training_though_the_table_has_lost_its_shortest_names(
+    tiny, split, named, train
+) -> None:
+    """Any code may come to be a whole name while a dvae moves: a walk weighs suffixes too, whatever is left."""
+    pair = Pair("dvae variable", "intrr")
+    live, trained = live_pair(tiny, split, named, pair, train(Case(pair, "joint")).recommender.weights)
+    live.follow(live.codes.clamp(min=0))
+    table, symbols = live.table("t" * 64), live.symbols
+    assert live.space.shortest == 1 and space_of(table).one_length
+    checkpoint = replace(
+        train(Case(pair, "joint")).recommender, weights=trained.state_dict(), sids=table.fingerprint
+    )
+    users = pad(held_out_rows(split.valid), torch.arange(8).numpy())
+    with torch.no_grad():
+        before, after = (
+            module.rank(users, module.catalogue(symbols, build_trie(symbols)), 20, exclude_seen=False)
+            for module in (trained.eval(), load_recommender(checkpoint, table))
+        )
+    assert torch.equal(after.items, before.items) and torch.equal(after.scores, before.scores)
+
+
 @every_pair
 def test_a_recommender_trained_jointly_refuses_the_table_that_it_started_from(train, named, pair) -> None:
     (_, start), result = named[pair.tokenizer], train(Case(pair, "joint"))
@@ -387,6 +408,32 @@ ILLEGAL = {
     "text without a vector, flat": Illegal(
         reading_with(kind="intrr", text=True, reads="flat"),
         ["recommender.model", "text", "reads=flat", "take reads ran, uid or uid_codewords"],
+    ),
+    "choices of codes that move": Illegal(
+        {"recommender": {"normalise": "children"}},
+        ["recommender.normalise=children", "codes that move", "take range"],
+        jointly=True,
+    ),
+    "walks held to drawn codes": Illegal(
+        settings("rkmeans", "intrr", joint={"exploration": {"kind": "gumbel", "forward": "sample"}}),
+        [
+            "recommender.model.alignment",
+            "joint.exploration.forward=sample",
+            "take forward=table, or alignment 0",
+        ],
+        jointly=True,
+    ),
+    "history alone, where items are read without codes": Illegal(
+        settings("rkmeans", "intrr", joint={"paths": {"teacher_forcing": False, "target": False}}),
+        ["joint.paths", "history alone", "reads=ran", "open teacher_forcing or target", "uid_codewords"],
+    ),
+    "no path at all": Illegal(
+        settings(
+            "rkmeans",
+            "causal",
+            joint={"paths": {"history": False, "teacher_forcing": False, "target": False}},
+        ),
+        ["joint.paths", "all closed", "joint.routing=historical"],
     ),
     "suffix cost without a gradient": Illegal(
         settings("rkmeans", "intrr", joint={"suffix_cost": 1.0, "routing": "historical"}),

@@ -17,7 +17,7 @@ from components.tokenizers.dvae import DvaeConfig
 from components.tokenizers.live_dvae import check_forward
 from components.tokenizers.rkmeans import RkMeansConfig
 from components.tokenizers.sids import SidConfig, check_assignment
-from components.training.joint import JointConfig, JointStage
+from components.training.joint import JointConfig, JointStage, check_moving_codes
 from components.training.recommender import RecommenderStage
 from components.training.sasrec import SasRecStage
 from components.training.tokenizer_stage import TokenizerStage
@@ -108,6 +108,7 @@ class PipelineConfig(Config):
         ValueError
             The message names the keys that differ.
         """
+        check_moving_codes(self.recommender, self.joint)
         if isinstance(self.tokenizer.model, DvaeConfig):
             check_forward(self.joint.exploration)
         if isinstance(self.tokenizer.model, RkMeansConfig) and self.joint.train_encoder:

@@ -219,7 +219,7 @@ def _codes_grid(ablation: Ablation) -> Grid:
             _state(ablation.tables.filter(arm=arm)),
         ]
         rows.append(cells)
-        marks.append("bad" if "collapsed" in cells[-1] else "")
+        marks.append("bad" if "collapsed" in cells[-1] or "stopped" in cells[-1] else "")
     titles = [
         f"level {level}" + (f" of {next(iter(size))}" if len(size) == 1 else "")
         for level, size in sizes.items()
@@ -231,7 +231,8 @@ def _codes_grid(ablation: Ablation) -> Grid:
         marks,
         f"The tables that were evaluated, {ablation.items:,} items, means over seeds. level: perplexity of its codes; "
         "distinct: strings of codes in use; colliding: items that share their codes; largest: most items of one "
-        "string, at any seed. Collapsed at an epoch: training stopped there, and an epoch before it was evaluated.",
+        "string, at any seed. Stopped at an epoch: codes, or walks through them, collapsed in training there, and "
+        "an epoch before it was evaluated.",
     )
 
 
@@ -280,7 +281,7 @@ def _state(table: pl.DataFrame) -> str:
     epochs = table["collapsed_at_epoch"].drop_nulls()
     if not len(epochs):
         return state
-    when = f"collapsed, epoch {', '.join(map(str, sorted(set(epochs))))}"
+    when = f"stopped at epoch {', '.join(map(str, sorted(set(epochs))))}"
     part = "" if len(epochs) == len(table) else f" ({len(epochs)} of {len(table)} seeds)"
     return f"{when}{part}; kept: {state}"
 

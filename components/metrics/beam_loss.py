@@ -1,5 +1,6 @@
 """What a beam search misses of the exact ranking."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,15 +8,27 @@ import numpy as np
 from components.artifacts import SequenceSplit
 from components.metrics.ranking import contributions, ranks_in_lists
 from components.metrics.report import EvaluateConfig, RankFn
+from components.seams import Ranking
 
 USERS = 2000
 """Test users that are looked at, evenly spaced: exact scores of all items cost more than a beam."""
 
 
 def beam_loss(
-    beam: RankFn, exact: RankFn, split: SequenceSplit, config: EvaluateConfig
+    beam: Callable[[bool], Ranking], exact: RankFn, split: SequenceSplit, config: EvaluateConfig
 ) -> list[dict[str, Any]]:
-    """Rank the same test users by beam and exactly.
+    """Rank some test users exactly, and look what of it the beam has found.
+
+    Parameters
+    ----------
+    beam : callable
+        Exclude seen items? -> the beam's lists of all test users.
+    exact : callable
+        What ranks exactly.
+    split : SequenceSplit
+        Where the test users come from.
+    config : EvaluateConfig
+        Treatments of seen items, and the length of lists.
 
     Returns
     -------
@@ -28,9 +41,10 @@ def beam_loss(
     names = [f"R@{cut}", f"N@{cut}"]
     rows = []
     for seen in config.blocks:
+        excluded = seen == "excluded"
         lists = {
-            name: rank(frame, seen == "excluded").items.cpu().numpy()
-            for name, rank in (("beam", beam), ("exact", exact))
+            "beam": beam(excluded).items.cpu().numpy()[spaced],
+            "exact": exact(frame, excluded).items.cpu().numpy(),
         }
         wanted = lists["exact"] >= 0
         found = (lists["exact"][:, :, None] == lists["beam"][:, None, :]).any(axis=2) & wanted

@@ -509,7 +509,7 @@ def _explain_arms(figure: Figure, ablation: Ablation) -> None:
     methods = set(ablation.summary["method"])
     handles = [mark(colour, ARM_NAMES[method]) for method, colour in ARMS.items() if method in methods]
     if ablation.tables["collapsed_at_epoch"].is_not_null().any():
-        handles.append(mark(GREY, "stopped as its codes collapsed", "X"))
+        handles.append(mark(GREY, "stopped by a collapse", "X"))
     if len(ablation.seeds) > 1:
         handles.append(mark(GREY, "one seed", size=4))
     figure.legend(

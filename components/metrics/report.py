@@ -130,7 +130,7 @@ def evaluate_recommender(
     split: SequenceSplit,
     config: EvaluateConfig,
     baselines: EvaluationReport,
-    lost: list[dict[str, Any]] | None = None,
+    details: dict[str, Any] | None = None,
 ) -> EvaluationReport:
     """Evaluate one method on the test targets and set it beside the baselines.
 
@@ -144,11 +144,11 @@ def evaluate_recommender(
     split : SequenceSplit
         Where the targets come from.
     config : EvaluateConfig
-        Settings; those of the baselines, but for the batch size.
+        Settings; those of the baselines, but for the batch size and ``decode``.
     baselines : EvaluationReport
         What ``evaluate_baselines`` returned for this split; its rows stand in the new report too.
-    lost : list of dict, optional
-        What ``beam_loss`` found; kept in ``details["beam_loss"]``.
+    details : dict, optional
+        What else is known of the method's lists; kept in the report's ``details``.
 
     Raises
     ------
@@ -179,15 +179,13 @@ def evaluate_recommender(
                 f"for each of {len(split.test)} rows"
             )
         found[name, seen] = inspect_lists(items[:, : config.beams], split, config, seen=seen)
-    beam = {"beam_loss": [{"method": name} | row for row in lost]} if lost else {}
-    own = _report(found, split, config, beam, parents={"EvaluationReport": baselines.fingerprint})
-    details = baselines.details | own.details
-    details["lists"] = baselines.details["lists"] + own.details["lists"]
+    own = _report(found, split, config, details or {}, parents={"EvaluationReport": baselines.fingerprint})
+    lists = {"lists": baselines.details["lists"] + own.details["lists"]}
     return EvaluationReport(
         ranks=pl.concat([baselines.ranks, own.ranks]),
         metrics=pl.concat([baselines.metrics, own.metrics]),
         split=split.fingerprint,
-        details=details,
+        details=baselines.details | own.details | lists,
         provenance=own.provenance,
     )
 
@@ -324,8 +322,8 @@ def _validation_score(scorer: Scorer, split: SequenceSplit, config: EvaluateConf
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """All settings that shape the numbers."""
-    return config.model_dump(mode="json", exclude={"batch_size"})
+    """All settings that shape the numbers of every method; how a recommender decodes stands with its own."""
+    return config.model_dump(mode="json", exclude={"batch_size", "decode"})
 
 
 def _report(

@@ -35,7 +35,7 @@ GROUPS = CollisionReport.SCHEMAS["groups"]
 LEVELS = CollisionReport.SCHEMAS["levels"]
 TEXTS_SHOWN = 20
 """Largest groups whose item texts a report carries."""
-COLLAPSED_AT = "sids/collapsed_at_epoch"
+COLLAPSED_AT = "collapsed_at_epoch"
 """Figure of a checkpoint whose training a collapse ended: the epoch of the collapse."""
 SMALL_GROUP = 4
 """Items that may share their codes in a catalogue of any size."""

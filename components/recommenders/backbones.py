@@ -35,7 +35,7 @@ class StackConfig(Config):
     head_dim: int = Field(32, ge=1)
     """Width E of a head."""
     hidden: int = Field(512, ge=1)
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layer; not read by hstu."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout on residual branches, and in T5's stacks on attention weights and hidden units too."""
 
@@ -63,6 +63,11 @@ class SelfLayer(nn.Module):
         self.forward_norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.feed_forward = FeedForward(config.dim, config.hidden, inner)
         self.dropout = nn.Dropout(config.dropout)
+
+
+def last_states(hidden_BND: Tensor, length_B: Tensor) -> Tensor:
+    """Return the states (B, D) at the last token of each row."""
+    return hidden_BND[torch.arange(len(length_B), device=length_B.device), length_B - 1]
 
 
 def _stack(layers: Iterable[L]) -> Sequence[L]:

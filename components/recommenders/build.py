@@ -53,25 +53,36 @@ def build_recommender(
             return Intrr(config, space, facts)
 
 
-def check_paths(config: RecommenderConfig, *, history: bool, teacher_forcing: bool) -> None:
-    """Refuse gradient paths that a recommender cannot tell apart.
+def check_paths(config: RecommenderConfig, *, history: bool, teacher_forcing: bool, target: bool) -> None:
+    """Refuse gradient paths that a recommender cannot tell apart, or that carry nothing to the codes.
 
     Parameters
     ----------
     config : RecommenderConfig
         The recommender that would be trained.
-    history, teacher_forcing : bool
-        Whether gradient reaches the codes through items read as context, and through the known beginning of
-        the item being written. The path through the target is free in every recommender.
+    history, teacher_forcing, target : bool
+        Whether gradient reaches the codes through items read as context, through the known beginning of the item
+        being written, and through the item that is predicted, which is free in every recommender.
 
     Raises
     ------
     ValueError
-        The recommender reads an item as both in one token, and only one is on.
+        All are off; or only one of history and teacher forcing is on, and the recommender reads an item as both in
+        one token; or history alone is on, and the recommender reads items without their codes.
     """
+    if not (history or teacher_forcing or target):
+        raise ValueError(
+            "joint.paths are all closed, so the recommendation loss reaches no code: open one, or take "
+            "joint.routing=historical"
+        )
     match config:
         case CausalConfig():
             causal.check_paths(history=history, teacher_forcing=teacher_forcing)
+        case IntrrConfig(reads="ran" | "uid") if not (teacher_forcing or target):
+            raise ValueError(
+                f"joint.paths opens history alone, but intrr with reads={config.reads} reads items without their "
+                "codes: open teacher_forcing or target, or take reads uid_codewords, codewords or flat"
+            )
         case TigerConfig() | IntrrConfig():
             pass
 
@@ -92,7 +103,10 @@ def load_recommender(checkpoint: RecommenderCheckpoint, table: SidTable) -> Caus
     # Shapes alone count here: what an intrr knows of its items travels with its weights.
     width = checkpoint.weights["text"].shape[1] if "text" in checkpoint.weights else 1
     facts = ItemFacts(torch.ones(table.num_items, dtype=torch.bool), torch.ones(table.num_items, width))
-    recommender = build_recommender(config, space_of(table), facts)
+    space = space_of(table)
+    if "shortest" in checkpoint.weights:  # after joint training the table may have no SID so short
+        space = space._replace(shortest=int(checkpoint.weights["shortest"]))
+    recommender = build_recommender(config, space, facts)
     try:
         recommender.load_state_dict(checkpoint.weights, strict=True)
     except RuntimeError as error:

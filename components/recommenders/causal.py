@@ -5,17 +5,18 @@ Shapes: B batch, T items of a history, N symbols of a row, S steps of the longes
 P predicted symbols, W beams.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.recommenders.backbones import BeamCache, CausalStack, StackConfig
+from components.recommenders.backbone_head import BackboneHead
+from components.recommenders.backbones import CausalStack, StackConfig
 from components.recommenders.code_heads import step_losses
 from components.recommenders.decoding import beam_search
-from components.recommenders.item_encoders import SymbolEmbedding, latest
+from components.recommenders.item_encoders import SymbolEmbedding, append_target, latest
 from components.recommenders.strings import Strings, lay_out
 from components.seams import BatchTokens, Catalogue, Ranking, RecommenderLoss, SequenceBatch, SymbolSpace
 from components.tokenizers.sids import symbol_counts
@@ -34,12 +35,6 @@ class CausalConfig(StackConfig):
     length_penalty: float = Field(0.0, ge=0)
     """Items are ranked by log-probability / symbols^a; 0: by log-probability alone. Above 0 it favours items that
     have longer SIDs."""
-
-
-class _State(NamedTuple):
-    hidden: Tensor
-    length: Tensor
-    cache: BeamCache
 
 
 class Causal(nn.Module):
@@ -63,6 +58,11 @@ class Causal(nn.Module):
         self.out = nn.Linear(config.dim, space.num_symbols, bias=False)
         nn.init.normal_(self.out.weight, std=0.02)
 
+    @property
+    def head(self) -> BackboneHead:
+        """What writes the next item."""
+        return BackboneHead(self.symbols, self.place, self.step_place, self.stack, self.out)
+
     def loss(self, batch: SequenceBatch, tokens: BatchTokens) -> RecommenderLoss:
         """Return the mean cross-entropy over all symbols after the first item of each history, target included.
 
@@ -74,9 +74,7 @@ class Causal(nn.Module):
         check_paths(
             history=tokens.history.weights is not None, teacher_forcing=tokens.forced.weights is not None
         )
-        length = batch.mask.sum(dim=1, keepdim=True)
-        items = torch.cat([batch.items, batch.items[:, -1:]], dim=1).scatter(1, length, batch.target[:, None])
-        present = torch.arange(items.shape[1], device=items.device) <= length
+        items, present = append_target(batch)
 
         strings = lay_out(symbol_counts(tokens.history.symbols)[items], present)
         items_BN = items.gather(1, strings.place)
@@ -91,7 +89,7 @@ class Causal(nn.Module):
         items_P = items_BN[:, 1:].flatten()[at_P]
         sizes = torch.bincount(step_P, minlength=self.space.num_steps).tolist()
         return step_losses(
-            self._logits,
+            self.head.logits,
             torch.split_with_sizes(hidden_PD, sizes),
             tokens.target,
             torch.split_with_sizes(items_P, sizes),
@@ -114,12 +112,10 @@ class Causal(nn.Module):
         recent = latest(items, batch.mask, self.config.max_history, budget)
         strings = lay_out(symbol_counts(catalogue.symbols[recent.items]), recent.mask)
         symbol_BN = catalogue.symbols[recent.items.gather(1, strings.place), strings.step]
-        hidden, context = self.stack(self._place(self.symbols.hard(symbol_BN), strings))
-        last = hidden.gather(1, (strings.length - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))
-        state = _State(last, recent.length, self.stack.start(context, strings.present))
+        x_BND = self._place(self.symbols.hard(symbol_BN), strings)
         return beam_search(
-            self,
-            state,
+            self.head,
+            self.head.start(x_BND, strings.present, recent.length),
             catalogue.trie,
             self.space.starts,
             beams,
@@ -127,25 +123,10 @@ class Causal(nn.Module):
             length_penalty=self.config.length_penalty,
         )
 
-    def step(self, state: _State, step: int, symbols: Tensor | None) -> tuple[Tensor, _State]:
-        """Write one symbol a beam (see ``decoding.CodeHead``)."""
-        if symbols is not None:
-            x_BWD = self.symbols.hard(symbols) + self.place[state.length][:, None] + self.step_place[step - 1]
-            hidden, cache = self.stack.step(x_BWD, state.cache)
-            state = state._replace(hidden=hidden, cache=cache)
-        return self._logits(state.hidden, step), state
-
-    def reorder(self, state: _State, index: Tensor) -> _State:
-        """Follow the beams that survived (see ``decoding.CodeHead``)."""
-        return state._replace(cache=state.cache.reorder(index))
-
     def _place(self, x_BND: Tensor, strings: Strings) -> Tensor:
         """Add an item's place in the history and a symbol's place in the item."""
         place_BND = F.embedding(strings.place, self.place)
         return x_BND + place_BND + F.embedding(strings.step, self.step_place)
-
-    def _logits(self, hidden: Tensor, step: int) -> Tensor:
-        return F.linear(hidden, self.out.weight[slice(*self.space.range(step))])
 
 
 def check_paths(*, history: bool, teacher_forcing: bool) -> None:

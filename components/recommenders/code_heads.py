@@ -26,7 +26,9 @@ def step_losses(
         One (P, D) a step, the states that predict it. Where SIDs differ in length, later steps have fewer.
     target : ItemTokens
         Tokens of the batch's unique items; with weights, the target is the soft one-hot, whose value is the
-        code and whose gradient is that of the assignment (DIGER, L_gen); a suffix is always hard.
+        code and whose gradient is that of the assignment (DIGER, L_gen); a suffix is always hard. With choices, which
+        go with hard tokens alone, a symbol is predicted among these: the sum over the steps of an item is then minus
+        its log-probability as decoding scores it.
     items : sequence of Tensor
         One (P,) long a step, indices of the predicted items among the unique ones.
     space : SymbolSpace
@@ -35,7 +37,11 @@ def step_losses(
     sums = []
     for step, (hidden_PD, items_P) in enumerate(zip(hidden, items, strict=True)):
         scores = logits(hidden_PD, step)
-        if target.weights is None or step == space.num_levels:
+        if target.choices is not None:
+            columns, real, own = (part[items_P] for part in target.choices[step])
+            among_PF = scores.gather(1, columns).masked_fill(~real, -torch.inf)
+            sums.append(F.cross_entropy(among_PF, own, reduction="sum"))
+        elif target.weights is None or step == space.num_levels:
             column_P = target.symbols[items_P, step] - space.starts[step]
             sums.append(F.cross_entropy(scores, column_P, reduction="sum"))
         else:

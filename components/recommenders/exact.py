@@ -17,6 +17,8 @@ from components.recommenders.intrr import Intrr
 from components.seams import Catalogue, Ranking, SequenceBatch, SymbolSpace
 from components.tokenizers.trie import PrefixTrie
 
+LOGITS = 2**26
+"""Most numbers that are held for a step of all users scored at once: 256 MB as float32."""
 NOT_EXACT = (
     "decode=exact scores every item, for which a code may depend on the user and the code before it alone: take "
     "recommender.model.kind intrr with writes=ran and context=last, or decode=beam"
@@ -80,12 +82,11 @@ def index_of(trie: PrefixTrie, space: SymbolSpace) -> ExactIndex:
     return ExactIndex(edges, trie.path[:, -1])
 
 
-def exact_scores(
-    head: FirstOrderHead, user_BD: Tensor, index: ExactIndex, *, renormalise: bool = True
-) -> Tensor:
-    """Return the log-probability of every item, in nats.
+def exact_scores(head: FirstOrderHead, user_BD: Tensor, index: ExactIndex) -> Tensor:
+    """Return the log-probability of every item, in nats, as ``decoding.beam_search`` scores it.
 
-    Beside the head's own logits, memory is that of B numbers an edge and item.
+    Each step is normalised over the children of its node, so all items together are a distribution. Beside the head's
+    own logits, memory is that of B numbers an edge and item.
 
     Parameters
     ----------
@@ -95,10 +96,6 @@ def exact_scores(
         What the head writes from, a row a user.
     index : ExactIndex
         What the items' SIDs read.
-    renormalise : bool
-        True: each step is normalised over the children of its node, so all items together are a distribution, and
-        scores are those of ``decoding.beam_search``. False: over all symbols that the step may write, so what strings
-        that name no item take of the mass is lost.
 
     Returns
     -------
@@ -109,12 +106,9 @@ def exact_scores(
     nodes = [scores]
     for step, (parent, place) in enumerate(index.edges):
         logits = head.transitions(user_BD, step)
-        if not renormalise:
-            logits = logits.log_softmax(dim=-1)
         # Users last: edges are then whole rows, which are gathered and summed far faster than columns.
         gain_EB = logits.flatten(1).index_select(1, place).T.contiguous()
-        if renormalise:
-            gain_EB = gain_EB - _sibling_logsumexp(gain_EB, parent, len(scores))[parent]
+        gain_EB = gain_EB - _sibling_logsumexp(gain_EB, parent, len(scores))[parent]
         scores = scores[parent] + gain_EB
         nodes.append(scores)
     return torch.cat(nodes)[index.leaf].T
@@ -142,14 +136,25 @@ class ExactRanker:
 
     def __init__(self, recommender: Intrr, catalogue: Catalogue) -> None:
         self.recommender, self.index = recommender, index_of(catalogue.trie, recommender.space)
+        space = recommender.space
+        words = [stop - start for start, stop in map(space.range, range(space.num_steps))]
+        logits = [before * own for before, own in zip((1, *space.codebook_sizes), words, strict=True)]
+        self.users = max(1, LOGITS // max(*logits, len(self.index.leaf)))
 
     def rank(self, batch: SequenceBatch, catalogue: Catalogue, beams: int, *, exclude_seen: bool) -> Ranking:
-        """Return the ``beams`` best items of each history (see ``seams.Recommender``)."""
-        scores = exact_scores(
-            self.recommender.ran, self.recommender.user_states(batch, catalogue), self.index
-        )
-        items = batch.unique[batch.items].masked_fill(~batch.mask, -1)
-        return rank_exact(scores, beams, items if exclude_seen else None)
+        """Return the ``beams`` best items of each history (see ``seams.Recommender``).
+
+        Users are scored in parts, so that no step holds more than ``LOGITS`` numbers; one user is the smallest part.
+        """
+        user_BD = self.recommender.user_states(batch, catalogue)
+        seen_BT = torch.where(batch.mask & exclude_seen, batch.unique[batch.items], -1)
+        parts = [
+            rank_exact(exact_scores(self.recommender.ran, some_BD, self.index), beams, excluded_BT)
+            for some_BD, excluded_BT in zip(
+                torch.split(user_BD, self.users), torch.split(seen_BT, self.users), strict=True
+            )
+        ]
+        return Ranking(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def exact_ranker(recommender: nn.Module, catalogue: Catalogue) -> ExactRanker | None:
@@ -161,6 +166,8 @@ def exact_ranker(recommender: nn.Module, catalogue: Catalogue) -> ExactRanker | 
 
 def rank_exact(scores_BN: Tensor, beams: int, excluded_BT: Tensor | None = None) -> Ranking:
     """Return the best items of each user; of equal scores the lower item id comes first.
+
+    The rule of ``full_ranking.best_items``, in torch: scores of a whole catalogue stay on the device that made them.
 
     Parameters
     ----------

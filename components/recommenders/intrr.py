@@ -9,18 +9,19 @@ of the longest SID, D width, E width of an item's own vector, X content width, W
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.recommenders.backbones import BeamCache, CausalStack, StackConfig
+from components.recommenders.backbone_head import BackboneHead
+from components.recommenders.backbones import CausalStack, StackConfig, last_states
 from components.recommenders.code_heads import step_losses
 from components.recommenders.decoding import beam_search
 from components.recommenders.hstu import HstuStack
-from components.recommenders.item_encoders import Recent, SymbolEmbedding, latest
+from components.recommenders.item_encoders import Recent, SymbolEmbedding, append_target, latest
 from components.recommenders.ran import Ran, RanState, Walk
 from components.recommenders.strings import lay_out
 from components.seams import (
@@ -53,24 +54,26 @@ class IntrrConfig(StackConfig):
     """ran: codes by the RAN, from the user's state. autoregressive: through the backbone, code by code, as causal does;
     a control."""
     assignment: Literal["soft", "ste"] = "soft"
-    """soft: a walk reads the weighted mean of a codebook's vectors. ste: the best one, with the gradient of the mean
-    (as released); two items can then have one token."""
+    """Only where reads is ran. soft: a walk reads the weighted mean of a codebook's vectors. ste: the best one, with
+    the gradient of the mean (as released); two items can then have one token."""
     context: Literal["last", "prefix_sum"] = "last"
-    """last: a step of the RAN looks back at the code before. prefix_sum: at the sum of all before. Only with last can
-    the whole catalogue be scored exactly."""
+    """Only where a RAN reads or writes. last: its step looks back at the code before. prefix_sum: at the sum of all
+    before. Only with last can the whole catalogue be scored exactly."""
     alignment: float = Field(0.1, ge=0)
-    """Weight of the cross-entropy between an item's walk and its SID. 0: as released, nothing holds them together."""
+    """Only where reads is ran: weight of the cross-entropy between an item's walk and its SID. 0: as released, nothing
+    holds them together."""
     product: Literal["scaled", "raw"] = "scaled"
-    """scaled: scores of codes are divided by sqrt(dim). raw: they are not, as released, and start saturated."""
+    """Only where a RAN reads or writes. scaled: scores of codes are divided by sqrt(dim). raw: they are not, as
+    released, and start saturated."""
     backbone: Literal["transformer", "hstu"] = "transformer"
     """transformer or hstu: what runs over the tokens; hstu only with writes=ran."""
     uid_dim: int = Field(64, ge=1)
-    """Width E of an item's own vector."""
+    """Only where items have a vector of their own (reads ran, uid or uid_codewords): its width E."""
     ran_hidden: int = Field(128, ge=1)
-    """Hidden width of the RAN."""
+    """Only where a RAN reads or writes: its hidden width."""
     text: bool = False
-    """Read the content vector beside the UID: items that training never met then have a token of their own. Without it
-    they are read as the sum of their SID's code vectors."""
+    """Only where items have a vector of their own: read the content vector beside it. Items that training never met
+    then have a token of their own. Without it they are read as the sum of their SID's code vectors."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -83,7 +86,7 @@ class IntrrConfig(StackConfig):
                 "writes=autoregressive continues the backbone code by code from cached keys, which hstu does not "
                 "offer: take backbone=transformer or writes=ran"
             )
-        if self.text and self.reads in ("codewords", "flat"):
+        if self.text and not self.has_uids:
             raise ValueError(
                 f"text stands beside the UID, which reads={self.reads} does not have: unset it, or take reads ran, "
                 "uid or uid_codewords"
@@ -91,17 +94,14 @@ class IntrrConfig(StackConfig):
         return self
 
     @property
+    def has_uids(self) -> bool:
+        """Whether items have a vector of their own."""
+        return self.reads in ("ran", "uid", "uid_codewords")
+
+    @property
     def scores_exactly(self) -> bool:
         """Whether the whole catalogue can be scored (``exact``): a code depends on the one before alone."""
         return self.writes == "ran" and self.context == "last"
-
-
-class _State(NamedTuple):
-    """What beams have that write through the backbone."""
-
-    hidden: Tensor
-    length: Tensor
-    cache: BeamCache
 
 
 class Intrr(nn.Module):
@@ -122,6 +122,7 @@ class Intrr(nn.Module):
     """
 
     positions: Literal["all", "last"] = "all"
+    shortest: Tensor
     trained: Tensor
     text: Tensor | None
 
@@ -129,9 +130,11 @@ class Intrr(nn.Module):
         super().__init__()
         self.config, self.space = config, space
         self.symbols = SymbolEmbedding(space, config.dim, std=1.0)
+        # Codes of the shortest SID that training knew, which no later table says: a walk chooses among what may stand.
+        self.register_buffer("shortest", torch.tensor(space.shortest or space.num_levels))
         self.register_buffer("trained", facts.trained)
         self.register_buffer("text", _unit_mean_square(facts.vectors) if config.text else None)
-        if config.reads in ("ran", "uid", "uid_codewords"):
+        if config.has_uids:
             self.uids = nn.Parameter(torch.randn(len(facts.trained), config.uid_dim))
             self.read_uid = nn.Linear(config.uid_dim, config.dim)
         if config.text:
@@ -148,13 +151,15 @@ class Intrr(nn.Module):
         self.stack = HstuStack(config) if config.backbone == "hstu" else CausalStack(config)
 
     def undecayed(self) -> Iterator[nn.Parameter]:
-        """Yield the tables: weight decay would shrink the vectors of items and codes that are rarely met."""
-        yield self.symbols.weight
-        yield self.place
-        if hasattr(self, "uids"):
-            yield self.uids
-        if hasattr(self, "step_place"):
-            yield self.step_place
+        """Yield all but the matrices that multiply: biases, gains, and tables, whose rows may be met rarely."""
+        matrices = {id(part.weight) for part in self.modules() if isinstance(part, nn.Linear)}
+        yield from (p for p in self.parameters() if id(p) not in matrices)
+
+    @property
+    def head(self) -> BackboneHead:
+        """What writes the next item through the backbone; only where ``writes`` is autoregressive."""
+        assert isinstance(self.stack, CausalStack)
+        return BackboneHead(self.symbols, self.place, self.step_place, self.stack, self.out)
 
     def loss(self, batch: SequenceBatch, tokens: BatchTokens) -> RecommenderLoss:
         """Return the mean cross-entropy over all symbols after the first item of each history, target included.
@@ -162,9 +167,7 @@ class Intrr(nn.Module):
         ``beside`` holds the alignment: the mean cross-entropy of the walks of the items that are read, over their
         occurrences and symbols, times its weight.
         """
-        length = batch.mask.sum(dim=1, keepdim=True)
-        items = torch.cat([batch.items, batch.items[:, -1:]], dim=1).scatter(1, length, batch.target[:, None])
-        present = torch.arange(items.shape[1], device=items.device) <= length
+        items, present = append_target(batch)
         predicted, items_P = present[:, 1:], items[:, 1:][present[:, 1:]]
 
         beside = {}
@@ -178,7 +181,8 @@ class Intrr(nn.Module):
                 beside["alignment"] = self.config.alignment * aligned
             x_BTD = self.dropout(x_UD[items[:, :-1]] + self.place[: items.shape[1] - 1])
             if self.config.writes == "autoregressive":
-                return self._continue(x_BTD, items[:, 1:], predicted, tokens)._replace(beside=beside)
+                loss = self.head.loss(x_BTD, items[:, 1:], predicted, tokens, self.dropout)
+                return loss._replace(beside=beside)
             hidden_PD = self._run(x_BTD)[predicted]
 
         symbols_PS = tokens.target.symbols[items_P]
@@ -210,7 +214,7 @@ class Intrr(nn.Module):
         for item_ids in torch.split(torch.arange(len(symbols), device=symbols.device), ROWS):
             items = ItemTokens(symbols[item_ids])
             x_UD, _ = self._read(item_ids, items)
-            if self.text is None:
+            if self.config.has_uids and self.text is None:
                 x_UD = torch.where(self.trained[item_ids, None], x_UD, self._sum_codes(items))
             tokens.append(x_UD)
         return Catalogue(symbols, trie, torch.cat(tokens))
@@ -224,7 +228,7 @@ class Intrr(nn.Module):
     def user_states(self, batch: SequenceBatch, catalogue: Catalogue) -> Tensor:
         """Return (B, D) what the backbone makes of the latest ``max_history`` items of each history."""
         recent = latest(batch.unique[batch.items], batch.mask, self.config.max_history)
-        return _last(*self._read_recent(recent, catalogue))
+        return last_states(*self._read_recent(recent, catalogue))
 
     def rank(self, batch: SequenceBatch, catalogue: Catalogue, beams: int, *, exclude_seen: bool) -> Ranking:
         """Return the ``beams`` best items of each history; its latest ``max_history`` items are read."""
@@ -235,24 +239,10 @@ class Intrr(nn.Module):
             user = RanState(self.user_states(batch, catalogue))
             return beam_search(self.ran, user, trie, starts, beams, excluded)
         recent = latest(items, batch.mask, self.config.max_history)
-        assert catalogue.items is not None and isinstance(self.stack, CausalStack)
-        hidden, context = self.stack(catalogue.items[recent.items] + self.place[: recent.items.shape[1]])
-        last_B1D = _last(hidden, recent.length)[:, None]
-        state = _State(last_B1D, recent.length, self.stack.start(context, recent.mask))
-        return beam_search(self, state, trie, starts, beams, excluded)
-
-    def step(self, state: _State, step: int, symbols: Tensor | None) -> tuple[Tensor, _State]:
-        """Write one symbol a beam through the backbone (see ``decoding.CodeHead``)."""
-        if symbols is not None:
-            assert isinstance(self.stack, CausalStack)
-            x_BWD = self.symbols.hard(symbols) + self.place[state.length][:, None] + self.step_place[step - 1]
-            hidden, cache = self.stack.step(x_BWD, state.cache)
-            state = state._replace(hidden=hidden, cache=cache)
-        return self._logits(state.hidden, step), state
-
-    def reorder(self, state: _State, index: Tensor) -> _State:
-        """Follow the beams that survived (see ``decoding.CodeHead``)."""
-        return state._replace(cache=state.cache.reorder(index))
+        assert catalogue.items is not None
+        x_BTD = catalogue.items[recent.items] + self.place[: recent.items.shape[1]]
+        state = self.head.start(x_BTD, recent.mask, recent.length)
+        return beam_search(self.head, state, trie, starts, beams, excluded)
 
     def _guide(self, item_ids: Tensor) -> Tensor:
         """Return the vector (U, D) of each item; without training events it is the content's alone."""
@@ -308,38 +298,6 @@ class Intrr(nn.Module):
         followed = strings.place < present_BT.sum(dim=1, keepdim=True) - 1
         return hidden[last & strings.present & followed]
 
-    def _continue(
-        self, x_BTD: Tensor, next_BT: Tensor, predicted: Tensor, tokens: BatchTokens
-    ) -> RecommenderLoss:
-        """Write the item after each one through the backbone: codes see the items before and their own beginning."""
-        assert isinstance(self.stack, CausalStack)
-        batch, length, dim = x_BTD.shape
-        steps = self.space.num_steps
-        known_BTSD = self.symbols(tokens.forced)[next_BT][:, :, :-1]
-        places = self.place[1 : length + 1, None] + self.step_place[:-1]
-        x_BND = torch.cat([x_BTD[:, :, None], self.dropout(known_BTSD + places)], dim=2).flatten(1, 2)
-        at_N = torch.arange(length * steps, device=x_BTD.device)
-        item_N, step_N = at_N // steps, at_N % steps
-        reads_NN = ((step_N == 0) & (item_N <= item_N[:, None])) | (
-            (item_N == item_N[:, None]) & (step_N <= step_N[:, None])
-        )
-        hidden, _ = self.stack(
-            x_BND, torch.zeros_like(reads_NN, dtype=x_BND.dtype).masked_fill(~reads_NN, -torch.inf)
-        )
-        hidden_PSD = hidden.view(batch, length, steps, dim)[predicted]
-        items_P = next_BT[predicted]
-        writes_SP = (tokens.target.symbols[items_P] >= 0).T
-        return step_losses(
-            self._logits,
-            [hidden_PSD[writes, step] for step, writes in enumerate(writes_SP)],
-            tokens.target,
-            [items_P[writes] for writes in writes_SP],
-            self.space,
-        )
-
-    def _logits(self, hidden: Tensor, step: int) -> Tensor:
-        return F.linear(hidden, self.out.weight[slice(*self.space.range(step))])
-
 
 def alignment(walk: Walk, symbols_US: Tensor, space: SymbolSpace, weights_U: Tensor) -> Tensor:
     """Return the mean cross-entropy of the walks against the items' SIDs, in nats a symbol.
@@ -371,8 +329,3 @@ def alignment(walk: Walk, symbols_US: Tensor, space: SymbolSpace, weights_U: Ten
 def _unit_mean_square(x_NX: Tensor) -> Tensor:
     """Scale content vectors so that their coordinates are of the size of a UID's."""
     return x_NX / x_NX.square().mean().sqrt()
-
-
-def _last(hidden_BND: Tensor, length_B: Tensor) -> Tensor:
-    """Return the states (B, D) at the last token of each row."""
-    return hidden_BND[torch.arange(len(length_B), device=length_B.device), length_B - 1]

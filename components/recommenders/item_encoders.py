@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.seams import ItemTokens, SymbolSpace
+from components.seams import ItemTokens, SequenceBatch, SymbolSpace
 
 
 class SymbolEmbedding(nn.Module):
@@ -79,6 +79,19 @@ def latest(items_BT: Tensor, mask_BT: Tensor, most: int, budget: tuple[Tensor, i
     at = (length_B - kept_B)[:, None] + place
     items = items_BT.gather(1, at.clamp(max=items_BT.shape[1] - 1))
     return Recent(items, place < kept_B[:, None], kept_B)
+
+
+def append_target(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Put the item that follows each history behind it.
+
+    Returns
+    -------
+    tuple
+        (B, T + 1) long, indices into ``batch.unique``; and (B, T + 1) bool, True where there is an item.
+    """
+    length = batch.mask.sum(dim=1, keepdim=True)
+    items = torch.cat([batch.items, batch.items[:, -1:]], dim=1).scatter(1, length, batch.target[:, None])
+    return items, torch.arange(items.shape[1], device=items.device) <= length
 
 
 def _to_end(costs_BT: Tensor) -> Tensor:

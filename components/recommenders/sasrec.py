@@ -20,6 +20,7 @@ from components.artifacts import SasRecCheckpoint, SequenceSplit
 from components.folders import ArtifactError
 from components.recommenders.backbones import CausalStack, StackConfig
 from components.recommenders.full_ranking import flatten
+from components.recommenders.item_encoders import append_target
 from components.seams import SequenceBatch
 
 
@@ -69,9 +70,7 @@ class SasRec(nn.Module):
         Tensor
             Scalar, in nats an item; log N is a uniform guess.
         """
-        length = batch.mask.sum(dim=1, keepdim=True)
-        items = torch.cat([batch.items, batch.items[:, -1:]], dim=1).scatter(1, length, batch.target[:, None])
-        present = torch.arange(items.shape[1], device=items.device) <= length
+        items, present = append_target(batch)
         ids_BT = batch.unique[items]
         predicted = present[:, 1:]
         return F.cross_entropy(self._logits(self._read(ids_BT[:, :-1])[predicted]), ids_BT[:, 1:][predicted])

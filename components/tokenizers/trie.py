@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.seams import Choices
+
 
 class PrefixTrie(NamedTuple):
     """A tree whose leaves are items, at unequal depth where SIDs differ in length."""
@@ -93,6 +95,30 @@ def build_trie(symbols: Tensor) -> PrefixTrie:
     ends = (torch.bincount(present.sum(dim=1), minlength=num_steps + 1)[1:] > 0).tolist()
     trie = PrefixTrie(torch.cat(symbol), first_child, num_children, item, leaves, path, fan_out, ends)
     return trie.to(device)
+
+
+def choices(trie: PrefixTrie, item_ids: Tensor, starts: list[int]) -> tuple[Choices, ...]:
+    """Return what each symbol of some items' SIDs is chosen from: the children of the node before it.
+
+    Parameters
+    ----------
+    trie : PrefixTrie
+        The valid SIDs.
+    item_ids : Tensor
+        (U,) long.
+    starts : list of int
+        First symbol of each step (``SymbolSpace.range``).
+    """
+    found = []
+    for step, start in enumerate(starts):
+        parent = trie.path[item_ids, step]
+        first, count = trie.first_child[parent], trie.num_children[parent]
+        brood = torch.arange(trie.fan_out[step], device=item_ids.device)
+        real = brood < count[:, None]
+        child = torch.where(real, first[:, None] + brood, 0)
+        columns = (trie.symbol[child] - start).clamp(min=0)
+        found.append(Choices(columns, real, (trie.path[item_ids, step + 1] - first).clamp(min=0)))
+    return tuple(found)
 
 
 def _check_prefix_free(order: Tensor, ordered: Tensor, differs: Tensor) -> None:

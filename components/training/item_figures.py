@@ -12,6 +12,8 @@ from components.training.loop import Halt
 HEAD = 0.2
 """Share of the trained items, most training events first, that are the head; the half with fewest are the rare ones."""
 PATHS = "items/distinct_paths"
+REMEDY = "raise recommender.model.alignment, or take assignment=soft and product=scaled"
+"""What holds walks apart."""
 
 
 @torch.no_grad()
@@ -31,15 +33,16 @@ def item_figures(recommender: Intrr, symbols_NS: Tensor, counts_N: Tensor) -> di
     -------
     dict of str to float
         Where items walk (``reads`` is ran), by level: ``items/agree_sid``, share of items whose best symbol is that of
-        their SID; ``items/top_probability`` and ``items/entropy`` (nats), means over items; and
-        ``items/distinct_paths``, how many different paths of best symbols there are, as a share of the items.
+        their SID; ``items/top_probability`` and ``items/entropy`` (nats), means over items; levels that none of these
+        SIDs reaches are left out. And ``items/distinct_paths``, how many different paths of best symbols there are, as
+        a share of the items.
         Where items have a vector of their own: ``items/uid_norm/head`` and ``/rare``, mean lengths. Empty otherwise.
     """
     item_ids = counts_N.nonzero()[:, 0]
     figures: dict[str, float] = {}
     if recommender.config.reads == "ran":
         figures |= _walks(recommender, item_ids, symbols_NS[item_ids])
-    if recommender.config.reads in ("ran", "uid", "uid_codewords"):
+    if recommender.config.has_uids:
         norms = recommender.uids[item_ids[counts_N[item_ids].argsort(descending=True, stable=True)]].norm(
             dim=1
         )
@@ -64,12 +67,13 @@ def _walks(recommender: Intrr, item_ids: Tensor, symbols_US: Tensor) -> dict[str
             sums[:, step] += torch.stack([(value * here).sum() for value in (agrees, top, entropy)])
             steps.append(best.masked_fill(~here, -1))
         paths.append(torch.stack(steps, dim=1))
-    means = sums / present_US.sum(dim=0)
+    counts = present_US.sum(dim=0)
     names = ("items/agree_sid", "items/top_probability", "items/entropy")
     figures = {
-        f"{name}/level{step + 1}": float(means[which, step])
+        f"{name}/level{step + 1}": float(sums[which, step] / counts[step])
         for which, name in enumerate(names)
         for step in range(space.num_steps)
+        if counts[step]
     }
     figures[PATHS] = len(torch.unique(torch.cat(paths), dim=0)) / len(item_ids)
     return figures
@@ -91,7 +95,6 @@ def check_paths(epoch: int, figures: dict[str, float], least: float) -> None:
     if share is not None and share < least:
         raise Halt(
             f"epoch {epoch}: the items' walks through the codebooks collapse, {share:.1%} of the paths differ, below "
-            f"recommender.min_paths {least:g}; raise recommender.model.alignment, or take assignment=soft and "
-            "product=scaled",
+            f"recommender.min_paths {least:g}; {REMEDY}",
             figures,
         )

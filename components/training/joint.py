@@ -21,7 +21,7 @@ from components.folders import ArtifactError, Provenance
 from components.metrics.sids import COLLAPSED_AT, CollapseError
 from components.recommenders import build
 from components.recommenders.build import build_recommender
-from components.recommenders.intrr import Intrr
+from components.recommenders.intrr import Intrr, IntrrConfig
 from components.seams import SequenceBatch
 from components.seeding import seed_everything
 from components.tokenizers.build import checkpoint_of, load_tokenizer
@@ -144,7 +144,10 @@ class JointConfig(Config):
             return self
         paths = self.joint.paths
         build.check_paths(
-            self.recommender.model, history=paths.history, teacher_forcing=paths.teacher_forcing
+            self.recommender.model,
+            history=paths.history,
+            teacher_forcing=paths.teacher_forcing,
+            target=paths.target,
         )
         return self
 
@@ -231,7 +234,8 @@ def train_jointly(
         Embeddings, tokenizer, table and split do not belong together, or the table was made by another rule than
         it would be refreshed by.
     ValueError
-        A setting does not fit the tokenizer: a dvae whose drawn codes shall be read, or an encoder that is not there.
+        A setting does not fit the tokenizer: a dvae whose drawn codes shall be read, or an encoder that is not there;
+        or the recommender's recipe fits frozen SIDs alone (``check_moving_codes``).
     CollapseError
         The codes collapsed, or a bucket outgrew ``suffix_size``, before any epoch was validated as sound. Later, the
         best epoch before is returned.
@@ -247,6 +251,7 @@ def train_jointly(
             f"{tokenizer.embeddings[:12]}, embeddings {embeddings.fingerprint[:12]}: take the three of one run"
         )
     stage, joint = config.recommender, config.joint
+    check_moving_codes(stage, joint)
     device = device_of(stage.device)
     # Before seeding: the recommender then starts as in the two-stage run.
     module = load_tokenizer(tokenizer)
@@ -447,6 +452,28 @@ def sigma_group(noise: nn.Module, config: ExplorationConfig) -> list[dict[str, A
     if not isinstance(config, SdudConfig | SdudFrqudConfig):
         return []
     return [{"params": list(noise.parameters()), "lr": config.sigma_lr, "weight_decay": 0.0}]
+
+
+def check_moving_codes(recommender: RecommenderStage, joint: JointStage) -> None:
+    """Refuse a recommender's recipe that fits frozen SIDs alone.
+
+    Raises
+    ------
+    ValueError
+        Symbols are predicted among the children of the table's tree, or walks are held to codes that noise has drawn.
+    """
+    model, forward = recommender.model, joint.exploration.forward
+    if recommender.normalise == "children":
+        raise ValueError(
+            "recommender.normalise=children predicts a symbol among those that lead to an item, but codes that move "
+            "learn from the others too: take range for joint training"
+        )
+    if isinstance(model, IntrrConfig) and model.reads == "ran" and model.alignment and forward == "sample":
+        raise ValueError(
+            "recommender.model.alignment holds the walks of items to their SIDs, but with "
+            "joint.exploration.forward=sample codes drawn by noise are read in their place: take forward=table, or "
+            "alignment 0"
+        )
 
 
 def check_rule(live: LiveSource, refresh: RefreshConfig) -> None:

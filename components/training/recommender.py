@@ -33,7 +33,7 @@ from components.seams import Catalogue, ItemFacts, Recommender, SequenceBatch, S
 from components.seeding import seed_everything
 from components.tokenizers.sids import symbol_counts
 from components.tokenizers.sources import FrozenSids
-from components.tokenizers.trie import build_trie
+from components.tokenizers.trie import build_trie, choices
 from components.training.item_figures import check_paths, item_figures
 from components.training.loop import Device, Halt, Log, LoopConfig, State, cosine, device_of, fit
 
@@ -46,7 +46,7 @@ class OptimConfig(Config):
     lr: float = Field(2e-3, gt=0)
     """Learning rate at its highest."""
     weight_decay: float = Field(0.05, ge=0)
-    """Weight decay. The tables of an ``intrr`` are left out: decay would shrink what is rarely met."""
+    """Weight decay. Of an ``intrr``, tables, biases and norms are left out: decay would shrink what is rarely met."""
     decay: Literal["decoupled", "coupled"] = "decoupled"
     """decoupled: AdamW. coupled: L2 in the gradient of everything, tables included, as IntRR was released; vectors of
     rare items then shrink to nothing. Only to reproduce that."""
@@ -77,6 +77,9 @@ class RecommenderStage(Config):
     batch_tokens: int | None = Field(None, ge=1)
     """Tokens a step, symbols of SIDs or whole items as the recommender reads them: histories are packed until they have
     about so many, instead of ``batch_size`` histories; null: ``batch_size`` histories."""
+    normalise: Literal["range", "children"] = "range"
+    """What a symbol is predicted among. range: all symbols that its step may write, as published. children: those that
+    lead on to an item, as in decoding, so that the loss is the likelihood of items. Only for frozen SIDs."""
     optim: OptimConfig = OptimConfig()
     """Optimiser of the recommender."""
     validation: ValidationConfig = ValidationConfig()
@@ -151,9 +154,9 @@ def _rows_of(
 
 
 def tokens_an_item(recommender: SidRecommender, symbols_NS: Tensor) -> Tensor:
-    """Return how many tokens (N,) long each item is read as: those of its SID, or one."""
+    """Return how many tokens (N,) long of the backbone each item takes in training: one, or those of its SID."""
     config = recommender.config
-    if isinstance(config, IntrrConfig) and config.reads != "flat":
+    if isinstance(config, IntrrConfig) and config.reads != "flat" and config.writes == "ran":
         return torch.ones_like(symbols_NS[:, 0])
     return symbol_counts(symbols_NS)
 
@@ -162,10 +165,11 @@ def optimizer_of(
     recommender: SidRecommender, config: OptimConfig, *others: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Return the optimiser of a recommender, and of other groups of parameters beside it."""
-    spared = isinstance(recommender, Intrr) and config.decay == "decoupled"
-    tables = list(recommender.undecayed()) if isinstance(recommender, Intrr) and spared else []
-    names = {id(table) for table in tables}
-    decayed = [p for p in recommender.parameters() if id(p) not in names]
+    tables = []
+    if isinstance(recommender, Intrr) and config.decay == "decoupled":
+        tables = list(recommender.undecayed())
+    kept = {id(table) for table in tables}
+    decayed = [p for p in recommender.parameters() if id(p) not in kept]
     groups = [{"params": decayed, "lr": config.lr, "weight_decay": config.weight_decay}]
     if tables:
         groups.append({"params": tables, "lr": config.lr, "weight_decay": 0.0})
@@ -255,7 +259,11 @@ def train_recommender(
 
     def step(batch: SequenceBatch) -> Mapping[str, Tensor]:
         batch = batch.to(device)
-        loss = recommender.loss(batch, source.tokens(batch.unique))
+        tokens = source.tokens(batch.unique)
+        if config.normalise == "children":
+            among = choices(trie, batch.unique, source.space.starts)
+            tokens = tokens._replace(target=tokens.target._replace(choices=among))
+        loss = recommender.loss(batch, tokens)
         return {
             "loss": loss.total + sum(loss.beside.values()),
             **dict(zip(names, loss.steps, strict=True)),
@@ -309,9 +317,13 @@ def train_recommender(
 
 
 def item_facts(split: SequenceSplit, embeddings: ContentEmbeddings) -> ItemFacts:
-    """Return which items have training events, and their content vectors."""
-    counts = torch.from_numpy(count_events(split.train["sequence"], split.num_items))
-    return ItemFacts(counts > 0, embeddings.matrix)
+    """Return which items are read in training, and the content vectors of all.
+
+    The last event of a sequence is predicted but never read.
+    """
+    sequence = pl.col("sequence")
+    read = split.train.select(sequence.list.head(sequence.list.len() - 1))["sequence"]
+    return ItemFacts(torch.from_numpy(count_events(read, split.num_items)) > 0, embeddings.matrix)
 
 
 def check_items(split: SequenceSplit, sids: SidTable, embeddings: ContentEmbeddings) -> None:

@@ -206,7 +206,16 @@ def test_codes_and_the_epoch_of_a_collapse_stand_beside_the_values() -> None:
     ]
     rows = {row[0]: row[1:] for row in grids(result)[1].rows}
     assert rows["plain"] == ["4.0", "4.0", "16", "0.0%", "1", "healthy"]
-    assert rows["new"][-1] == "collapsed, epoch 5 (1 of 2 seeds); kept: collapsed"
+    assert rows["new"][-1] == "stopped at epoch 5 (1 of 2 seeds); kept: collapsed"
+
+
+def test_frozen_sids_under_a_training_that_a_collapse_stopped_are_not_called_collapsed() -> None:
+    measured = [*_arm("plain", [0.1, 0.2], None), *_arm("walks", [0.1, 0.2])]
+    for at in (2, 3):
+        measured[at] = measured[at]._replace(recommender=_trained(EVEN, {COLLAPSED_AT: 3.0 + at}))
+    grid = grids(ablate(measured))[1]
+    assert grid.rows[1][-1] == "stopped at epoch 5, 6; kept: healthy"
+    assert grid.marks == ["", "bad"] and "an epoch before it was evaluated" in grid.caption
 
 
 def test_arms_without_codes_are_in_the_table_of_values_alone() -> None:

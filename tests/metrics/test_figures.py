@@ -1,5 +1,6 @@
 """Figures show what they are given and leave no trace in matplotlib's global state."""
 
+import dataclasses
 import sys
 from io import BytesIO
 
@@ -255,6 +256,14 @@ def test_an_ablation_shows_every_arm_at_its_codes_and_mean_with_its_error_and_se
     assert [len(line.get_xdata()) for line in seeds] == [3] * 4
     assert [_points(ax)[f"arm number {n}"][0].get_marker() for n in range(4)] == ["o", "o", "o", "X"]
     assert _points(ax)["arm number 0"][0].get_color() != _points(ax)["arm number 1"][0].get_color()
+
+
+def test_the_legend_says_what_a_cross_is_where_there_is_one() -> None:
+    crossed = _ablation(3)
+    sound = crossed.tables.with_columns(collapsed_at_epoch=pl.lit(None, pl.UInt32))
+    for ablation, words in ((crossed, True), (dataclasses.replace(crossed, tables=sound), False)):
+        (legend,) = ablation_figure(ablation).legends
+        assert ("stopped by a collapse" in [text.get_text() for text in legend.get_texts()]) == words
 
 
 def test_methods_without_codes_are_lines_or_named_at_the_edge_if_far_off() -> None:

@@ -11,6 +11,7 @@ from components.artifacts import COLD, HELD_OUT, SEQUENCE, EvaluationReport, Seq
 from components.data.planted import plant
 from components.data.splits import SplitConfig, hold_out
 from components.folders import ArtifactError
+from components.metrics.compare import CompareConfig, compare
 from components.metrics.report import (
     EvaluateConfig,
     evaluate_baselines,
@@ -184,6 +185,21 @@ def test_batch_size_is_not_a_setting_of_the_numbers(
 ) -> None:
     other = EvaluateConfig(resamples=200, batch_size=7)
     assert evaluate_baselines(split, other).fingerprint == baselines.fingerprint
+
+
+def test_methods_that_decode_differently_stand_beside_the_same_baselines(
+    split: SequenceSplit, baselines: EvaluationReport
+) -> None:
+    exactly = CONFIG.model_copy(update={"decode": "exact"})
+    assert evaluate_baselines(split, exactly).fingerprint == baselines.fingerprint
+    reports = [
+        evaluate_recommender(
+            config.decode, _place_of_target(split, 3), split, config, baselines, {"decode": config.decode}
+        )
+        for config in (CONFIG, exactly)
+    ]
+    assert [report.details["decode"] for report in reports] == ["beam", "exact"]
+    assert set(compare(reports, CompareConfig(resamples=100)).metrics["method"]) >= {"beam", "exact"}
 
 
 def test_names_of_baselines_and_short_lists_are_refused(

@@ -202,8 +202,13 @@ def test_intrr_takes_gradient_where_it_reads_codes(config: IntrrConfig) -> None:
     reads_codes = config.reads in ("codewords", "uid_codewords", "flat")
     assert moved(Intrr(config, SPACE, FACTS), "history") == [reads_codes, reads_codes]
     assert moved(Intrr(config, SPACE, FACTS), "forced") == [True, True]
-    for history in (False, True):
-        check_paths(config, history=history, teacher_forcing=not history)
+    check_paths(config, history=False, teacher_forcing=True, target=False)
+    check_paths(config, history=True, teacher_forcing=False, target=True)
+    if reads_codes:
+        check_paths(config, history=True, teacher_forcing=False, target=False)
+    else:
+        with pytest.raises(ValueError, match=f"history alone.*reads={config.reads} .*open teacher_forcing"):
+            check_paths(config, history=True, teacher_forcing=False, target=False)
 
 
 @pytest.mark.parametrize("path", ["history", "forced", "target"])
@@ -236,15 +241,22 @@ def test_causal_refuses_half_of_a_token() -> None:
         with pytest.raises(ValueError, match="in one token.*on or off together") as in_loss:
             moved(model, half)
         with pytest.raises(ValueError) as in_check:
-            check_paths(config, history=half == "history", teacher_forcing=half == "forced")
+            check_paths(config, history=half == "history", teacher_forcing=half == "forced", target=True)
         assert str(in_loss.value) == str(in_check.value)
 
 
 def test_paths_that_can_be_told_apart_are_accepted() -> None:
     for history in (False, True):
-        check_paths(CausalConfig(), history=history, teacher_forcing=history)
+        check_paths(CausalConfig(), history=history, teacher_forcing=history, target=True)
         for forcing in (False, True):
-            check_paths(TigerConfig(), history=history, teacher_forcing=forcing)
+            check_paths(TigerConfig(), history=history, teacher_forcing=forcing, target=True)
+    check_paths(TigerConfig(), history=True, teacher_forcing=False, target=False)
+
+
+@every_kind
+def test_no_path_at_all_is_called_by_its_name(config: Config) -> None:
+    with pytest.raises(ValueError, match="all closed.*joint.routing=historical"):
+        check_paths(config, history=False, teacher_forcing=False, target=False)
 
 
 @every_case

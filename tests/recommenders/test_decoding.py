@@ -19,7 +19,7 @@ from components.recommenders.decoding import beam_search
 from components.recommenders.intrr import Intrr, IntrrConfig
 from components.recommenders.tiger import Tiger, TigerConfig
 from components.seams import BatchTokens, ItemFacts, ItemTokens, Ranking, SequenceBatch, SymbolSpace
-from components.tokenizers.trie import build_trie
+from components.tokenizers.trie import build_trie, choices
 
 SPACE = SymbolSpace((4, 3), 3)
 NUM_SIDS = 4 * 3 * 3
@@ -78,11 +78,12 @@ def batch_of(
 
 @torch.no_grad()
 def string_costs(
-    model: Causal | Tiger | Intrr, history: list[int], item: int, symbols: Tensor
+    model: Causal | Tiger | Intrr, history: list[int], item: int, symbols: Tensor, *, children: bool = False
 ) -> list[float]:
-    """Cross-entropy of each symbol of an item after a history, over all symbols of the step."""
+    """Cross-entropy of each symbol of an item after a history, over all symbols of the step or those that lead on."""
     hard = ItemTokens(symbols)
-    tokens = BatchTokens(hard, hard, hard)
+    among = choices(build_trie(symbols), torch.arange(len(symbols)), SPACE.starts) if children else None
+    tokens = BatchTokens(hard, hard, hard._replace(choices=among))
     steps = model.loss(batch_of([history], [item], len(symbols)), tokens).steps.double()
     if model.positions == "all" and len(history) > 1:  # a mean over positions: take the earlier ones out
         before = model.loss(batch_of([history[:-1]], [history[-1]], len(symbols)), tokens).steps.double()
@@ -151,6 +152,20 @@ def test_wide_beam_equals_scoring_every_item(config: CausalConfig | TigerConfig)
     ]
     # 20 beams, fewer items left: the list ends early and no beam was spent on a seen item.
     check(rank(model, HISTORIES, symbols, 20, exclude_seen=True), unseen, 20)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)
+def test_over_the_children_the_loss_is_minus_the_score(
+    config: CausalConfig | TigerConfig | IntrrConfig,
+) -> None:
+    """Trained as it decodes: the costs of an item's symbols add up to minus its log-probability among all items."""
+    model, symbols = model_of(config), table(20)
+    ranking = rank(model, HISTORIES, symbols, 20)
+    for history, items, scores in zip(
+        HISTORIES, ranking.items.tolist(), ranking.scores.tolist(), strict=True
+    ):
+        found = [-sum(string_costs(model, history, item, symbols, children=True)) for item in items]
+        assert found == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)

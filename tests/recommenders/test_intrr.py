@@ -9,12 +9,14 @@ from torch import Tensor
 
 from components.artifacts import RecommenderCheckpoint
 from components.metrics.sids import COLLAPSED_AT, CollapseError
+from components.recommenders import exact, intrr
 from components.recommenders.exact import exact_ranker
 from components.recommenders.intrr import Intrr, IntrrConfig, alignment
 from components.recommenders.ran import RanState
-from components.seams import BatchTokens, Catalogue, ItemFacts, ItemTokens, SequenceBatch, SymbolSpace
+from components.seams import BatchTokens, ItemFacts, ItemTokens, SequenceBatch, SymbolSpace
 from components.tokenizers.sids import space_of, symbol_counts, table_symbols
 from components.tokenizers.trie import build_trie
+from components.training import item_figures as figuring
 from components.training import recommender as training
 from components.training.item_figures import PATHS, item_figures
 from components.training.loop import LoopConfig
@@ -142,11 +144,14 @@ def test_scaled_scores_start_near_a_uniform_guess_and_raw_ones_far_from_it(produ
 
 @SPACES
 @pytest.mark.parametrize("reads", READS)
-def test_cached_item_tokens_equal_live_ones(space: SymbolSpace, reads: str) -> None:
+def test_cached_item_tokens_equal_live_ones(
+    space: SymbolSpace, reads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intrr, "ROWS", 7)
     model, symbols = model_of(space, reads=reads, text=reads in ("ran", "uid")), sids(space)
     with torch.no_grad():
         cached = model.catalogue(symbols, build_trie(symbols)).items
-        some = torch.tensor([4, 17, 2])
+        some = torch.tensor([4, 17, 2, 6, 7, 29])  # of several blocks, at their edges too
         live, _ = model._read(some, ItemTokens(symbols[some]))
     assert cached is not None and cached.shape == (ITEMS, SMALL["dim"])
     torch.testing.assert_close(live, cached[some])
@@ -168,6 +173,35 @@ def test_exact_scores_and_an_unlimited_beam_give_one_ranking(space: SymbolSpace,
         torch.testing.assert_close(
             exact.rank(batch(), catalogue, ITEMS, exclude_seen=False).scores.exp().sum(dim=1), torch.ones(6)
         )
+
+
+@SPACES
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_users_are_scored_in_parts_of_bounded_size_and_rank_as_all_at_once(
+    space: SymbolSpace, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, symbols = model_of(space), sids(space)
+    sizes, transitions = [], model.ran.transitions
+
+    def watched(user: Tensor, step: int) -> Tensor:
+        logits = transitions(user, step)
+        sizes.append((len(user), logits.numel()))
+        return logits
+
+    with torch.no_grad():
+        catalogue = model.catalogue(symbols, build_trie(symbols))
+        rankings = []
+        for most in (exact.LOGITS, 80):
+            monkeypatch.setattr(exact, "LOGITS", most)
+            monkeypatch.setattr(model.ran, "transitions", watched)
+            ranker = exact_ranker(model, catalogue)
+            assert ranker is not None
+            rankings.append(ranker.rank(batch(7), catalogue, ITEMS, exclude_seen=exclude_seen))
+            assert max(size for _, size in sizes) <= most
+            assert {users for users, _ in sizes} == ({7} if most > 80 else {2, 1})
+            sizes.clear()
+    assert torch.equal(rankings[0].items, rankings[1].items)
+    torch.testing.assert_close(rankings[0].scores, rankings[1].scores)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +298,29 @@ def test_decay_leaves_the_vectors_of_items_without_events_alone_unless_it_is_cou
     assert lengths["decoupled"] == 1 and lengths["coupled"] < 0.7
 
 
+def test_decay_falls_on_the_matrices_that_multiply_alone() -> None:
+    def groups(**choices: Any) -> tuple[set[str], set[str]]:
+        model = model_of(**choices)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, spared = optimizer_of(model, OptimConfig()).param_groups
+        assert decayed["weight_decay"] > 0 and spared["weight_decay"] == 0
+        named = tuple({names[id(p)] for p in group["params"]} for group in (decayed, spared))
+        assert named[0] | named[1] == set(names.values()) and not named[0] & named[1]
+        return named
+
+    layer, steps = "stack.layers.0", range(3)
+    decayed, spared = groups(backbone="hstu", text=True)
+    assert decayed == {
+        "read_uid.weight",
+        "read_text.weight",
+        f"{layer}.up.weight",
+        f"{layer}.down.weight",
+    } | {f"ran.{side}.{step}.weight" for side in ("into", "out") for step in steps}
+    assert spared >= {"uids", "symbols.weight", "place", f"{layer}.bias.table.weight", f"{layer}.norm.weight"}
+    decayed, spared = groups(writes="autoregressive", reads="uid")
+    assert "out.weight" in decayed and {"step_place", "read_uid.bias"} <= spared
+
+
 def test_items_without_training_events_are_read_by_their_sid_or_their_text() -> None:
     trained = torch.arange(ITEMS) != 9
     symbols = sids(SPACE)
@@ -292,11 +349,18 @@ def _tokens(model: Intrr, symbols: Tensor) -> Tensor:
     return tokens
 
 
-def test_an_item_that_training_never_met_can_be_recommended() -> None:
-    model, symbols = model_of(known=facts(torch.arange(ITEMS) != 9)), sids(SPACE)
-    with torch.no_grad():
-        catalogue: Catalogue = model.catalogue(symbols, build_trie(symbols))
-        assert bool((model.rank(batch(), catalogue, ITEMS, exclude_seen=False).items == 9).any(dim=1).all())
+def test_an_item_that_training_never_met_is_recommended_like_any_other() -> None:
+    """As a target it needs its SID alone: who has not read it gets the list that they would get had training met it."""
+    symbols, users = sids(SPACE), batch(40)
+    users = users._replace(items=torch.where(users.items == 9, 8, users.items))
+    lists = []
+    for known in (facts(), facts(torch.arange(ITEMS) != 9)):
+        model = model_of(known=known)
+        with torch.no_grad():
+            catalogue = model.catalogue(symbols, build_trie(symbols))
+            lists.append(model.rank(users, catalogue, 5, exclude_seen=False))
+    assert torch.equal(lists[0].items, lists[1].items) and torch.equal(lists[0].scores, lists[1].scores)
+    assert bool((lists[1].items == 9).any())
 
 
 @pytest.mark.parametrize(
@@ -312,8 +376,12 @@ def test_parts_that_do_not_fit_are_refused_with_a_sentence(choices: dict[str, An
         IntrrConfig(**SMALL, **choices)
 
 
-def test_the_figures_of_the_items_count_paths_agreement_and_lengths() -> None:
-    model, symbols = model_of(), sids(SPACE)
+@SPACES
+def test_the_figures_of_the_items_count_paths_agreement_and_lengths(
+    space: SymbolSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figuring, "ROWS", 7)
+    model, symbols = model_of(space), sids(space)
     counts = torch.arange(ITEMS)  # item 0 has no events and is not looked at
     with torch.no_grad():
         model.uids[1:11] = model.uids[1]
@@ -322,14 +390,27 @@ def test_the_figures_of_the_items_count_paths_agreement_and_lengths() -> None:
     figures = item_figures(model, symbols, counts)
     with torch.no_grad():
         walk = model.walk(torch.arange(1, ITEMS), symbols[1:])
-    path = torch.stack([p.argmax(dim=-1) + SPACE.starts[s] for s, p in enumerate(walk.log_p)], dim=1)
+    best = [p.argmax(dim=-1) + space.starts[s] for s, p in enumerate(walk.log_p)]
+    path = torch.stack(best, dim=1).masked_fill(symbols[1:] < 0, -1)
     assert figures[PATHS] == len({tuple(row) for row in path.tolist()}) / (ITEMS - 1)
     for step in range(4):
-        agrees = (path[:, step] == symbols[1:, step]).float().mean()
+        here = symbols[1:, step] >= 0
+        agrees = (path[here, step] == symbols[1:][here, step]).float().mean()
         assert figures[f"items/agree_sid/level{step + 1}"] == pytest.approx(float(agrees))
-        entropy = -(walk.log_p[step].exp() * walk.log_p[step]).sum(dim=1).mean()
+        log_p = walk.log_p[step][here]
+        assert figures[f"items/top_probability/level{step + 1}"] == pytest.approx(
+            float(log_p.amax(dim=1).exp().mean()), rel=1e-4
+        )
+        entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
         assert figures[f"items/entropy/level{step + 1}"] == pytest.approx(float(entropy), rel=1e-4)
     assert figures["items/uid_norm/head"] == pytest.approx(5, rel=1e-5)
+
+
+def test_a_level_that_no_sid_of_the_trained_items_reaches_has_no_figures() -> None:
+    symbols = sids(UNEQUAL)
+    figures = item_figures(model_of(UNEQUAL), symbols, (symbols[:, 3] < 0).long())
+    assert all(math.isfinite(value) for value in figures.values())
+    assert "items/entropy/level3" in figures and not any(name.endswith("level4") for name in figures)
 
 
 STAGE = RecommenderStage(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from components.tokenizers.trie import PrefixTrie, build_trie
+from components.tokenizers.trie import PrefixTrie, build_trie, choices
 
 
 @st.composite
@@ -160,3 +160,20 @@ def test_a_string_that_begins_another_is_refused_by_name(symbols: Tensor, data: 
 def test_a_row_that_is_no_string_is_refused_by_name(row: list[int]) -> None:
     with pytest.raises(ValueError, match=r"item 1 has the symbols"):
         build_trie(torch.tensor([[0, 2, 7], row]))
+
+
+def test_choices_are_what_may_follow_the_same_beginning() -> None:
+    symbols = torch.tensor([[0, 3, 6], [0, 4, 6], [0, 4, 7], [1, 3, 6], [2, 7, -1]])
+    starts, asked = [0, 3, 6], torch.tensor([2, 4, 0])
+    found = choices(build_trie(symbols), asked, starts)
+    sids = strings(symbols)
+    for step, (columns, real, own) in enumerate(found):
+        for row, item in enumerate(asked.tolist()):
+            if len(sids[item]) <= step:
+                assert not real[row].any()
+                continue
+            following = sorted(
+                {sid[step] for sid in sids if len(sid) > step and sid[:step] == sids[item][:step]}
+            )
+            assert [column + starts[step] for column in columns[row][real[row]].tolist()] == following
+            assert int(columns[row, own[row]]) + starts[step] == sids[item][step]
