@@ -1,5 +1,6 @@
 """What the benchmarks time is what training and ranking do."""
 
+import io
 import sys
 from types import ModuleType
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.config import load_preset
 from components.recommenders.causal import CausalConfig
 from components.recommenders.tiger import TigerConfig
 from components.tokenizers.rqvae import RqVaeConfig
@@ -17,6 +19,7 @@ from components.training.loop import LoopConfig
 from components.training.recommender import RecommenderStage, train_recommender
 from components.training.tokenizer import train_tokenizer
 from components.training.tokenizer_stage import TokenizerStage
+from workflows.config import AblationConfig
 
 SIZES = {"dim": 16, "layers": 1, "heads": 2, "head_dim": 8, "hidden": 32, "max_history": 5}
 STAGE = RecommenderStage(
@@ -215,3 +218,20 @@ def test_the_table_sets_every_recommender_against_causal(recommenders) -> None:
         ],
         ["users per CPU-second, 4 users, 8 items, 10 beams", "8", "4", "8", "0.50", "1.00"],
     ]
+
+
+def test_arms_of_a_preset_are_timed_and_laid_beside_what_they_reach(benchmark_script) -> None:
+    script = benchmark_script("arms")
+    whole = load_preset(AblationConfig, "recommenders")
+    wanted = [arm for arm in whole.arms if arm.name in ("causal", "uid", "sasrec")]
+    arms = script.build_arms(whole.model_copy(update={"arms": wanted}))
+    script.measure(arms, 2)
+    assert list(arms) == ["causal", "uid", "sasrec"]
+    assert arms["uid"].parameters > 2 * arms["causal"].parameters
+    assert arms["sasrec"].pairs == 2 * arms["causal"].pairs  # 10 epochs and 5
+    for each in arms.values():
+        assert len(each.seen.cpu) == 2 and script.cost(each) == each.pairs / each.seen.rate() > 0
+    lines = script.table(arms, {"uid": (0.125, 0.001)})
+    assert lines[2].startswith("| causal |") and "| 1.00 |" in lines[2]
+    assert lines[3].endswith("| .1250 ± .0010 |") and lines[4].endswith("|  |")
+    script.draw(arms, {"uid": (0.125, 0.001), "itemknn": (0.2, None)}, "title").savefig(io.BytesIO())
