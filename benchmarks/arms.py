@@ -24,6 +24,8 @@ from components.config import load_preset
 from components.data.ingest import ingest
 from components.data.splits import hold_out
 from components.embeddings import encode_items
+from components.metrics.labels import label_points
+from components.metrics.report import BASELINES
 from components.tokenizers.sids import assign
 from components.training import recommender, sasrec
 from components.training.recommender import train_recommender
@@ -134,33 +136,22 @@ def draw(arms: dict[str, Training], reached: dict[str, tuple[float, float | None
     for name, each in arms.items():
         if name in reached:
             value, error = reached[name]
-            ax.errorbar(cost(each), value, yerr=error, fmt="o", color="#1f5a96", capsize=3)
-            ax.annotate(
-                name,
-                (cost(each), value),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=8.5,
-                color="#333",
-            )
-    for name in ("popularity", "itemknn"):
+            ax.errorbar(cost(each), value, yerr=error or 0.0, fmt="o", color="#1f5a96", capsize=3, label=name)
+    lines = []
+    for name in BASELINES:
         if name in reached:
-            ax.axhline(reached[name][0], color="#999", linewidth=1, linestyle="--")
-            ax.text(
-                1.0,
-                reached[name][0],
-                name,
-                transform=ax.get_yaxis_transform(),
-                ha="right",
-                va="bottom",
-                fontsize=8.5,
-            )
-    ax.set_xscale("log")
+            height = reached[name][0]
+            lines.append(ax.axhline(height, color="#999", linewidth=1, linestyle="--"))
+            across = ax.get_yaxis_transform()
+            ax.text(0.005, height, name, transform=across, va="bottom", color="#555", fontsize=9)
+    ax.set_xlim(left=0)
     ax.set_xlabel("CPU-seconds of training, one thread")
     ax.set_ylabel(f"{METRIC}, seen items kept")
     ax.set_title(title, loc="left", fontsize=11)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
+    figure.draw_without_rendering()
+    label_points(ax, [], lines)
     return figure
 
 
