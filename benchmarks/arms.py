@@ -8,16 +8,15 @@ the figure of accuracy against cost is drawn too.
 """
 
 import argparse
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from joint_step import Arm, advance, stopped_at_the_loop
+from joint_step import Arm, stopped_at_the_loop
 from machine import processor
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from recommenders import Spent, training_pairs
+from recommenders import WARM_UP, Spent, time_training
 
 from components.artifacts import Ablation
 from components.config import load_preset
@@ -33,7 +32,7 @@ from components.training.sasrec import train_sasrec
 from components.training.tokenizer import train_tokenizer
 from workflows.config import AblationConfig
 
-BATCHES, WARM_UP = 40, 3
+BATCHES = 40
 RESULTS = Path(__file__).parent / "results"
 METRIC = "R@10"
 
@@ -82,26 +81,14 @@ def build_arms(config: AblationConfig) -> dict[str, Training]:
     return found
 
 
-def pairs_of(arm: Arm, batch) -> int:  # type: ignore[no-untyped-def]
-    """Count the items that a batch predicts; SASRec predicts every item of a window but the first."""
-    return int(batch.mask.sum()) if "sasrec" in arm.modules else training_pairs(arm, batch)
-
-
-def measure(arms: dict[str, Training], count: int) -> None:
-    """Take every arm through so many of its own batches, in turn; who comes first changes from turn to turn."""
-    drawn = {
-        name: list(itertools.islice(each.arm.batches(0), WARM_UP + count)) for name, each in arms.items()
-    }
-    order = list(arms)
-    for number in range(min(map(len, drawn.values()))):
-        turn = number % len(order)
-        for name in order[turn:] + order[:turn]:
-            each, batch = arms[name], drawn[name][number]
-            into = each.seen if number >= WARM_UP else Spent()
-            into.time(
-                lambda each=each, batch=batch: advance(each.arm, batch, each.clip_norm),
-                pairs_of(each.arm, batch),
-            )
+def measure(arms: dict[str, Training], count: int) -> dict[str, Training]:
+    """Take every arm through so many of its own batches, in turn; return the arms with what they spent."""
+    spent = time_training(
+        {name: each.arm for name, each in arms.items()},
+        count,
+        {name: each.clip_norm for name, each in arms.items()},
+    )
+    return {name: each._replace(seen=spent[name]) for name, each in arms.items()}
 
 
 def cost(each: Training) -> float:
@@ -170,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_preset(AblationConfig, arguments.preset, [*arguments.settings, "recommender.device=cpu"])
     arms = build_arms(config)
-    measure(arms, arguments.batches)
+    arms = measure(arms, arguments.batches)
     reached = {}
     if arguments.ablation:
         rows = Ablation.load(arguments.ablation).summary.filter(metric=METRIC, seen="kept")

@@ -147,11 +147,14 @@ def training_arm(
 
 def training_pairs(arm: Arm, batch: SequenceBatch) -> int:
     """Count the items that a batch predicts: one a row, or all of a window but the first."""
-    every = arm.modules["recommender"].positions == "all"
+    recommender = arm.modules.get("recommender")  # SASRec has another name, and predicts all of a window
+    every = recommender is None or recommender.positions == "all"
     return int(batch.mask.sum()) if every else len(batch.target)
 
 
-def time_training(arms: Mapping[str, Arm], count: int, clip_norm: float | None) -> dict[str, Spent]:
+def time_training(
+    arms: Mapping[str, Arm], count: int, clip_norms: Mapping[str, float | None]
+) -> dict[str, Spent]:
     """Take every arm through so many of its own batches, in turn; who comes first changes from turn to turn."""
     drawn = {name: list(itertools.islice(arm.batches(0), WARM_UP + count)) for name, arm in arms.items()}
     spent = {name: Spent() for name in arms}
@@ -159,7 +162,11 @@ def time_training(arms: Mapping[str, Arm], count: int, clip_norm: float | None) 
         for name in _rotated(list(arms), number):
             arm, batch = arms[name], drawn[name][number]
             into = spent[name] if number >= WARM_UP else Spent()
-            into.time(lambda arm=arm, batch=batch: advance(arm, batch, clip_norm), training_pairs(arm, batch))
+            clip_norm = clip_norms[name]
+            into.time(
+                lambda arm=arm, batch=batch, clip_norm=clip_norm: advance(arm, batch, clip_norm),
+                training_pairs(arm, batch),
+            )
     return spent
 
 
@@ -303,7 +310,7 @@ def main() -> None:
     sids = random_sids(split.num_items)
     learning = models(size, TRAINED_ON)
     arms = {name: training_arm(split, sids, model, stage) for name, model in learning.items()}
-    trained = time_training(arms, count, stage.loop.clip_norm)
+    trained = time_training(arms, count, dict.fromkeys(arms, stage.loop.clip_norm))
     peaks = {
         name: alone(peak_of_training, split, sids, model, stage, count) for name, model in learning.items()
     }
@@ -318,6 +325,7 @@ def main() -> None:
     )
     pairs = ", ".join(f"{name} {statistics.mean(spent.done):.0f}" for name, spent in trained.items())
     events = int(split.train["sequence"].list.len().sum())
+    flag = " --published" if arguments.published else ""
     lines = [
         "# Cost of recommenders at equal width and layers",
         "",
@@ -344,7 +352,7 @@ def main() -> None:
         f"Machine: {processor()}, {os.cpu_count()} cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} "
         f"after. Python {platform.python_version()}, torch {torch.__version__}. Date: {date.today().isoformat()}. "
         f"Commit: {arguments.commit}. Command: `OMP_NUM_THREADS=1 python benchmarks/recommenders.py "
-        f"--batches {count} --repetitions {repetitions}`, {time.process_time() - started:.0f} CPU-seconds.",
+        f"--batches {count} --repetitions {repetitions}{flag}`, {time.process_time() - started:.0f} CPU-seconds.",
     ]
     print("\n".join(lines))
     if not arguments.smoke:

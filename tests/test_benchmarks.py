@@ -160,7 +160,7 @@ def test_recommenders_train_in_turn_and_are_timed_after_the_warm_up(tiny, recomm
     sids, models = costed
     arms = {name: recommenders.training_arm(tiny.split, sids, model, STAGE) for name, model in models.items()}
     before = {name: arm.modules["recommender"].symbols.weight.clone() for name, arm in arms.items()}
-    spent = recommenders.time_training(arms, 2, STAGE.loop.clip_norm)
+    spent = recommenders.time_training(arms, 2, dict.fromkeys(arms, STAGE.loop.clip_norm))
     for name, arm in arms.items():
         assert len(spent[name].cpu) == len(spent[name].wall) == len(spent[name].done) == 2
         assert min(spent[name].cpu) > 0 and min(spent[name].done) > 0
@@ -225,7 +225,7 @@ def test_arms_of_a_preset_are_timed_and_laid_beside_what_they_reach(benchmark_sc
     whole = load_preset(AblationConfig, "recommenders")
     wanted = [arm for arm in whole.arms if arm.name in ("causal", "uid", "sasrec")]
     arms = script.build_arms(whole.model_copy(update={"arms": wanted}))
-    script.measure(arms, 2)
+    arms = script.measure(arms, 2)
     assert list(arms) == ["causal", "uid", "sasrec"]
     assert arms["uid"].parameters > 2 * arms["causal"].parameters
     assert arms["sasrec"].pairs == 2 * arms["causal"].pairs  # 10 epochs and 5
