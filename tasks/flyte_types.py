@@ -1,12 +1,11 @@
 """How artefacts and settings travel between Flyte tasks. Importing this module registers their types.
 
 An artefact is a folder: in a bucket on a cluster, under ``<home>/artifacts/<Kind>/<fingerprint>`` on one
-machine. There the name of a folder is its content, so nothing is written twice and a cached result never
-points to a temporary file.
+machine (``store``). There the name of a folder is its content, so nothing is written twice and a cached result
+never points to a temporary file.
 """
 
 import html
-import os
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_args, get_origin
 
@@ -23,56 +22,28 @@ from components import artifacts
 from components.config import Config
 from components.folders import Artifact, ArtifactError, read_manifest
 from tasks.home import home
-from tasks.origin import commit
+from tasks.references import is_reference, locate
+from tasks.store import is_remote, local, publish
 
 Folder: TypeAlias = str | Path | FlyteDirectory
 
 
-def stored_at(kind: str, fingerprint: str) -> Path:
-    """Return the folder of an artefact in the local store, whether it is there or not."""
-    return home() / "artifacts" / kind / fingerprint[:16]
+_found: dict[str, str] = {}
+"""Address behind each name given by hand. Flyte asks for the hash of a value right behind its literal, without saying
+of which kind it is, and the artefact behind ``mlflow:...`` depends on the kind."""
 
 
-def keep(artifact: Artifact) -> Path:
-    """Save an artefact in the local store, unless equal content is there already, and return its folder.
-
-    Raises
-    ------
-    OSError
-        The disk is full or not writable; nothing is left behind.
-    """
-    folder = stored_at(artifact.kind(), artifact.fingerprint)
-    if not (folder / "manifest.json").exists():
-        try:
-            artifact.save(folder)
-        except ArtifactError:  # another process saved the same content a moment earlier
-            if read_manifest(folder)["fingerprint"] != artifact.fingerprint:
-                raise
-    os.utime(folder)  # made again: newest first is a useful order for people
-    return folder
-
-
-def _uri(folder: Folder) -> str:
-    """Return where a folder given by hand is: as it was named, not where Flyte would copy it."""
-    if isinstance(folder, FlyteDirectory):
-        return str(folder.remote_source or folder.path)
-    return str(folder)
-
-
-def _local(uri: str) -> Path:
-    return Path(uri.removeprefix("file://"))
-
-
-def _is_remote(uri: str) -> bool:
-    return "://" in uri and not uri.startswith("file://")
+def _named(value: Folder) -> str:
+    """Return how an artefact was named: its own place, not where Flyte would copy it."""
+    return str(value.remote_source or value.path) if isinstance(value, FlyteDirectory) else str(value)
 
 
 def content_of(value: Artifact | Folder) -> str:
-    """Return the fingerprint that Flyte caches an artefact by; for a remote folder its address."""
+    """Return the fingerprint that Flyte caches an artefact by; for a folder in a bucket its address."""
     if isinstance(value, Artifact):
         return value.fingerprint
-    uri = _uri(value)
-    return uri if _is_remote(uri) else str(read_manifest(_local(uri))["fingerprint"])
+    address = _found.get(_named(value), _named(value))
+    return address if is_remote(address) else str(read_manifest(local(address))["fingerprint"])
 
 
 by_content = HashMethod(content_of)
@@ -83,7 +54,7 @@ class ArtifactTransformer(TypeTransformer[Artifact]):
     """Pass artefacts of one kind between tasks as a folder; the blob's format is the name of the kind.
 
     Flyte does not compare formats, so a miswired workflow compiles: ``Artifact.load`` refuses another kind.
-    Folders given by hand (``pyflyte run ... --sids FOLDER``) are passed on where they are.
+    Artefacts named by hand (``pyflyte run ... --sids FOLDER``, see ``references``) are passed on where they are.
     """
 
     def __init__(self, kind: type[Artifact]) -> None:
@@ -97,7 +68,7 @@ class ArtifactTransformer(TypeTransformer[Artifact]):
     def assert_type(self, t: type[Artifact], v: Any) -> None:
         """Let artefacts of this kind and folders pass."""
         if not isinstance(v, Folder | self.python_type):
-            raise TypeTransformerFailedError(f"a {self.name} or its folder is wanted, got {v!r}")
+            raise TypeTransformerFailedError(f"a {self.name} or the name of one is wanted, got {v!r}")
 
     def to_literal(
         self, ctx: FlyteContext, python_val: Artifact | Folder, python_type: type, expected: LiteralType
@@ -105,17 +76,11 @@ class ArtifactTransformer(TypeTransformer[Artifact]):
         """Store the artefact and return its address; upload where this execution keeps its outputs remote."""
         files = ctx.file_access
         if isinstance(python_val, Artifact):
-            python_val = python_val.made_by(python_val.provenance.git or commit())
-            if files.is_remote(files.raw_output_prefix):
-                draft = Path(files.get_random_local_directory())
-                python_val.save(draft)
-                uri = files.put_raw_data(str(draft))
-            else:
-                uri = str(keep(python_val))
+            uri = publish(python_val, files)
         else:
-            uri = _uri(python_val)
-            if not _is_remote(uri) and files.is_remote(files.raw_output_prefix):
-                uri = files.put_raw_data(str(_local(uri)))
+            uri = _found[_named(python_val)] = locate(_named(python_val), self.name)
+            if not is_remote(uri) and files.is_remote(files.raw_output_prefix):
+                uri = files.put_raw_data(str(local(uri)))
         return Literal(scalar=Scalar(blob=Blob(metadata=BlobMetadata(type=self.blob_type), uri=uri)))
 
     def to_python_value(
@@ -129,11 +94,11 @@ class ArtifactTransformer(TypeTransformer[Artifact]):
             The folder is gone, holds another kind, or was changed.
         """
         uri = lv.scalar.blob.uri
-        if _is_remote(uri):
-            local = ctx.file_access.get_random_local_directory()
-            ctx.file_access.get_data(uri, local, is_multipart=True)
-            return self.python_type.load(Path(local))  # type: ignore[no-any-return]
-        folder = _local(uri)
+        if is_remote(uri):
+            copy = ctx.file_access.get_random_local_directory()
+            ctx.file_access.get_data(uri, copy, is_multipart=True)
+            return self.python_type.load(Path(copy))  # type: ignore[no-any-return]
+        folder = local(uri)
         if not folder.is_dir():
             raise ArtifactError(
                 f"{folder}: the folder of this {self.name} is gone; if Flyte's cache still remembers it, "
@@ -158,6 +123,16 @@ class ConfigTransformer(PydanticTransformer):
         return LiteralType(simple=full.simple, structure=full.structure, annotation=full.annotation)
 
 
+class FolderParam(click_types.DirParamType):
+    """An artefact on the command line: a folder, an address in a bucket, or another name of ``references``."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Pass a reference as it is given; folders and addresses are flytekit's."""
+        if isinstance(value, str) and is_reference(value):
+            return value
+        return super().convert(value, param, ctx)
+
+
 class ListParam(click_types.JsonParamType):
     """A JSON list on the command line. Flytekit would read folders of artefacts as JSON files themselves."""
 
@@ -170,7 +145,8 @@ class ListParam(click_types.JsonParamType):
         return super().convert(value, param, ctx)
 
 
-# Flytekit has no hook for this: the converter follows from the Flyte type alone.
+# Flytekit has no hook for these: the converter follows from the Flyte type alone.
+click_types.DirParamType = FolderParam
 click_types.JsonParamType = ListParam
 
 for _kind in vars(artifacts).values():

@@ -9,7 +9,7 @@ import mlflow
 from flytekit import task
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import Array
+from mlflow.types.schema import AnyType, Array
 
 import components
 from components.artifacts import (
@@ -17,12 +17,15 @@ from components.artifacts import (
     ContentEncoder,
     ItemCatalog,
     RecommenderCheckpoint,
+    SequenceSplit,
     SidTable,
     TokenizerCheckpoint,
 )
 from components.folders import Provenance
+from components.recommenders.serving import training_popularity
 from tasks import runtime
-from tasks.flyte_types import by_content, keep
+from tasks.flyte_types import by_content
+from tasks.store import keep
 from tasks.tracking import StageRun, fluent, tracked
 
 REQUIREMENTS = (
@@ -30,6 +33,7 @@ REQUIREMENTS = (
     "polars",
     "numpy",
     "pandas",
+    "pyarrow",
     "pydantic",
     "pyyaml",
     "safetensors",
@@ -38,13 +42,16 @@ REQUIREMENTS = (
 )
 """What the model imports when it serves; pinned to the versions that trained it."""
 
+# The model itself checks that a history is a list of strings or nothing: of ["a", null] MLflow's Array(string) makes
+# ["a", "n"], and the number 2 it turns into a string.
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(Array(DataType.string), "history")]),
+    inputs=Schema([ColSpec(AnyType(), "history", required=False)]),
     outputs=Schema(
         [
             ColSpec(Array(DataType.string), "items"),
             ColSpec(Array(DataType.string), "titles"),
             ColSpec(Array(DataType.double), "scores"),
+            ColSpec(DataType.string, "warning"),
         ]
     ),
     params=ParamSchema(
@@ -74,10 +81,11 @@ def log_bundle(run: StageRun, bundle: Bundle) -> str:
     return str(model.model_uri)
 
 
-@task(**runtime.CPU, cache=runtime.cached("1"))
+@task(**runtime.CPU, cache=runtime.cached("2"))
 def log_model(
     name: str,
     catalog: Annotated[ItemCatalog, by_content],
+    split: Annotated[SequenceSplit, by_content],
     encoder: Annotated[ContentEncoder, by_content],
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
     sids: Annotated[SidTable, by_content],
@@ -89,13 +97,14 @@ def log_model(
     Args:
         name: What to call the method.
         catalog: Folder of the ItemCatalog.
+        split: Folder of the SequenceSplit, whose training events say what is popular.
         encoder: Folder of the ContentEncoder.
         tokenizer: Folder of the TokenizerCheckpoint.
         sids: Folder of the SidTable of that tokenizer.
         recommender: Folder of the RecommenderCheckpoint of that table.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
-    parts = [catalog, encoder, tokenizer, sids, recommender]
+    parts = [catalog, split, encoder, tokenizer, sids, recommender]
     with tracked(f"log_model {name}", None, run_id, parts) as run:
         provenance = Provenance(parents={part.kind(): part.fingerprint for part in parts})
         bundle = Bundle(
@@ -104,6 +113,7 @@ def log_model(
             tokenizer=tokenizer,
             sids=sids,
             recommender=recommender,
+            popularity=training_popularity(split, catalog),
             provenance=provenance,
         )
         uri = log_bundle(run, bundle)

@@ -28,9 +28,20 @@ from rich.text import Text
 from components.config import Config
 from components.folders import Artifact
 from components.metrics.figures import loss_curves
-from tasks.flyte_types import stored_at
 from tasks.home import home
 from tasks.origin import code_tags, execution_tags
+from tasks.runs import (
+    DIGEST,
+    everywhere,
+    get_run,
+    kinds,
+    maker_of,
+    open_store,
+    tagged,
+    tracking_uri,
+    without_secrets,
+)
+from tasks.store import publish, stored_at
 
 STANDALONE = "stages"
 """Experiment of stages that are run alone."""
@@ -44,16 +55,6 @@ _ERROR_TAGS = {"error.stage", "error.message", "mlflow.note.content"}
 
 # No markup: what is shown are names and messages of others, and square brackets are part of them.
 _console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-
-def tracking_uri() -> str:
-    """Return where runs are kept: ``MLFLOW_TRACKING_URI``, or a SQLite file in the local folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
-
-
-def without_secrets(text: str) -> str:
-    """Blank user names and passwords of every URL in a text."""
-    return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", text)
 
 
 @contextmanager
@@ -70,28 +71,12 @@ def fluent(run: "StageRun") -> Iterator[None]:
         mlflow.set_tracking_uri(before)
 
 
-def open_store() -> MlflowClient:
-    """Connect to the store; the first time on a machine this creates the SQLite file, for some seconds."""
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    home().mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=tracking_uri())
-
-
 def _experiment(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     local = not os.environ.get("MLFLOW_TRACKING_URI")
     return str(client.create_experiment(name, (home() / "mlartifacts").as_uri() if local else None))
-
-
-def _get_run(client: MlflowClient, run_id: str) -> Run:
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        place = without_secrets(tracking_uri())
-        raise ValueError(f"run_id {run_id!r} is no run of {place}: {error.message}") from error
 
 
 def _allowed(name: str) -> str:
@@ -112,15 +97,6 @@ def _log_config(client: MlflowClient, run_id: str, config: Config) -> None:
     for start in range(0, len(params), 100):
         client.log_batch(run_id, params=params[start : start + 100])
     client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
-
-
-def _kinds(prefix: str, artifacts: Sequence[Artifact]) -> dict[str, str]:
-    """Return fingerprints by ``<prefix>.<Kind>``; the second of a kind is ``<prefix>.<Kind>.2``."""
-    tags: dict[str, str] = {}
-    for artifact in artifacts:
-        same = sum(key.split(".")[1] == artifact.kind() for key in tags)
-        tags[f"{prefix}.{artifact.kind()}" + (f".{same + 1}" if same else "")] = artifact.fingerprint
-    return tags
 
 
 def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
@@ -214,14 +190,15 @@ class StageRun:
         uri = json.dumps({"uri": without_secrets(source)})
         scheme = re.match(r"(\w+)://", source)
         kind = scheme.group(1) if scheme else "local"
-        dataset = Dataset(name=name, digest=digest[:16], source_type=kind, source=uri)
+        dataset = Dataset(name=name, digest=digest[:DIGEST], source_type=kind, source=uri)
         self.client.log_inputs(
             self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
         )
 
     def output(self, *artifacts: Artifact) -> None:
-        """Tag the run with what it made and keep each small manifest; payloads stay where Flyte puts them."""
-        _set_tags(self.client, self.run_id, _kinds("output", artifacts))
+        """Store what the stage made, tag the run with fingerprints and addresses, and keep each small manifest."""
+        addresses = {f"stored.{artifact.kind()}": publish(artifact) for artifact in artifacts}
+        _set_tags(self.client, self.run_id, kinds("output", artifacts) | addresses)
         for artifact in artifacts:
             self.client.log_dict(self.run_id, artifact.manifest, f"artifacts/{artifact.kind()}.json")
             self.say(f"{artifact.kind()} {artifact.fingerprint[:16]}")
@@ -255,7 +232,7 @@ def tracked(
     tags = (
         execution_tags(kind)
         | code_tags()
-        | _kinds("parent", parents)
+        | kinds("parent", parents)
         | {
             "sidflow.stage": kind,
             "mlflow.source.name": kind,
@@ -273,9 +250,7 @@ def tracked(
     try:
         if config is not None:
             _log_config(client, run.run_id, config)
-        for parent in parents:
-            place = stored_at(parent.kind(), parent.fingerprint)
-            run.dataset(parent.kind(), parent.fingerprint, str(place), stage)
+        _link(run, parents)
         with _terminable():
             yield run
         run.flush()
@@ -284,6 +259,28 @@ def tracked(
     except BaseException as error:
         _close_broken(run, run_id, error)
         raise
+
+
+def _link(run: StageRun, parents: Sequence[Artifact]) -> None:
+    """Record what a stage reads as data sets of its run, and name the runs that made it."""
+    experiments = everywhere(run.client) if parents else []
+    makers = {}
+    for key, fingerprint in kinds("read_from", parents).items():
+        (artifact,) = tagged({key: fingerprint}, "read_from")
+        maker = maker_of(run.client, experiments, artifact)
+        place = str(stored_at(*artifact))
+        if maker is not None:
+            makers[key] = maker
+            place = maker.data.tags.get(f"stored.{artifact.kind}", place)
+        run.dataset(artifact.kind, fingerprint, place, run.stage.split()[0])
+    links = {
+        made.info.run_id: f"[{made.info.run_name}](#/experiments/{made.info.experiment_id}/runs/{made.info.run_id})"
+        for made in makers.values()
+    }
+    tags = {key: made.info.run_id for key, made in makers.items()}
+    if links:
+        tags["mlflow.note.content"] = f"Reads what {', '.join(links.values())} made."
+    _set_tags(run.client, run.run_id, tags)
 
 
 @contextmanager
@@ -302,7 +299,7 @@ def _terminable() -> Iterator[None]:
 
 def _revive(client: MlflowClient, run_id: str) -> Run:
     """Return the run of a pipeline, set back to RUNNING if an earlier attempt at a stage had failed it."""
-    run = _get_run(client, run_id)
+    run = get_run(client, run_id)
     if run.info.status != "RUNNING":
         client.update_run(run_id, status="RUNNING")
         for tag in _ERROR_TAGS & run.data.tags.keys():
@@ -397,7 +394,7 @@ def mark_pipeline(run_id: str, word: str, texts: Mapping[str, str]) -> None:
     if not run_id:
         return
     client = open_store()
-    said = _get_run(client, run_id).data.tags
+    said = get_run(client, run_id).data.tags
     marks = {_mark(word, stage): text for stage, text in texts.items()}
     _set_tags(client, run_id, {key: text for key, text in marks.items() if key not in said})
 
@@ -423,18 +420,18 @@ def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str
     if not run_id:
         return {}
     client = open_store()
-    _get_run(client, run_id)
-    everywhere = [e.experiment_id for e in client.search_experiments()]
-    waiting = [(key.split(".")[1], digest) for key, digest in _kinds("output", artifacts).items()]
+    get_run(client, run_id)
+    experiments = everywhere(client)
+    waiting = list(tagged(kinds("output", artifacts), "output"))
     tags: dict[str, str] = {}
     stages: dict[str, str] = {}
     seen: set[str] = set()
     while waiting:
-        kind, digest = waiting.pop()
+        kind, digest = made = waiting.pop()
         if digest in seen:
             continue
         seen.add(digest)
-        maker = _maker(client, everywhere, kind, digest)
+        maker = maker_of(client, experiments, made)
         stage = maker.info.run_name if maker else "unknown"
         same = sum(key.startswith(f"artifact.{stage}.{kind}") for key in tags)
         number = f".{same + 1}" if same else ""
@@ -442,21 +439,11 @@ def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str
         if maker is not None:
             tags[f"produced_by.{stage}.{kind}{number}"] = maker.info.run_id
             stages[stage] = maker.info.run_id
-            read = [item for item in maker.data.tags.items() if item[0].startswith("parent.")]
-            waiting += [(key.split(".")[1], value) for key, value in read]
+            waiting += tagged(maker.data.tags, "parent")
     for start in range(0, len(tags), 100):
         _set_tags(client, run_id, dict(list(tags.items())[start : start + 100]))
     client.set_terminated(run_id, "FINISHED")
     return stages
-
-
-def _maker(client: MlflowClient, experiments: Sequence[str], kind: str, digest: str) -> Run | None:
-    """Return the latest run that finished with this artefact among its outputs."""
-    query = f"tags.`output.{kind}` = '{digest}' and attributes.status = 'FINISHED'"
-    found = client.search_runs(
-        list(experiments), query, max_results=1, order_by=["attributes.start_time DESC"]
-    )
-    return found[0] if found else None
 
 
 def fail_execution(error: str) -> list[str]:
@@ -466,9 +453,8 @@ def fail_execution(error: str) -> list[str]:
     """
     client = open_store()
     execution = execution_tags("")["flyte.execution_id"]
-    experiments = [e.experiment_id for e in client.search_experiments()]
     query = f"tags.`flyte.execution_id` = '{execution}' and attributes.status = 'RUNNING'"
-    runs = client.search_runs(experiments, query)
+    runs = client.search_runs(everywhere(client), query)
     for run in runs:
         _close(client, run.info.run_id, "FAILED", run.info.run_name, error)
     return [run.info.run_id for run in runs]

@@ -16,7 +16,8 @@ from components.artifacts import ContentEmbeddings, SidTable
 from components.config import Config
 from components.folders import Artifact, ArtifactError
 from tasks import runtime
-from tasks.flyte_types import ArtifactTransformer, by_content, stored_at
+from tasks.flyte_types import ArtifactTransformer, by_content
+from tasks.store import keep, stored_at
 
 pytestmark = pytest.mark.usefixtures("flyte_home")
 
@@ -127,7 +128,7 @@ def test_a_folder_that_is_no_artefact_is_refused(tmp_path):
 
 
 def test_something_that_is_no_artefact_at_all_is_refused():
-    with pytest.raises(Exception, match="ContentEmbeddings or its folder is wanted, got 3"):
+    with pytest.raises(Exception, match="ContentEmbeddings or the name of one is wanted, got 3"):
         tokenize(embeddings=3)
 
 
@@ -223,8 +224,6 @@ def test_help_shows_what_a_setting_means_and_no_schema(tmp_path, monkeypatch):
 
 
 def test_two_processes_that_save_the_same_content_both_succeed(flyte_home, monkeypatch):
-    from tasks import flyte_types
-
     one = vectors(0)
     real = ContentEmbeddings.save
 
@@ -233,14 +232,12 @@ def test_two_processes_that_save_the_same_content_both_succeed(flyte_home, monke
         real(self, folder)
 
     monkeypatch.setattr(ContentEmbeddings, "save", slow)
-    assert ContentEmbeddings.load(flyte_types.keep(one)).fingerprint == one.fingerprint
+    assert ContentEmbeddings.load(keep(one)).fingerprint == one.fingerprint
 
 
 def test_artefact_errors_are_not_swallowed_when_saving_fails(flyte_home):
-    from tasks import flyte_types
-
     folder = stored_at("SidTable", table().fingerprint)
     folder.mkdir(parents=True)
     (folder / "stray").touch()
     with pytest.raises(ArtifactError):
-        flyte_types.keep(table())
+        keep(table())

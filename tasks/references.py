@@ -1,0 +1,149 @@
+"""How an artefact may be named by hand, wherever a stage takes one.
+
+===============================  =====================================================================
+a folder                         ``.sidflow/artifacts/SidTable/1f3a...``, ``file:///...``
+a folder in a bucket             ``s3://...``, ``gs://...``
+an output of a Flyte execution   ``flyte://v1/<project>/<domain>/<execution>/<node>/o/<output>``
+a run                            ``mlflow:<run id>``, of a stage or of a whole pipeline
+a registered model               ``mlflow:<model>@<alias>``, ``mlflow:<model>/<version>``
+===============================  =====================================================================
+
+A run or a model stands for the artefact of the wanted kind that it made or, failing that, that it came from: the
+same name serves ``--tokenizer``, ``--embeddings`` and ``--split``.
+"""
+
+import re
+
+from flytekit.configuration import Config as FlyteConfig
+from flytekit.models.literals import Literal
+from flytekit.remote import FlyteRemote
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from components.folders import ArtifactError
+from tasks.runs import Named, everywhere, get_run, maker_of, open_store, stages_of, tagged
+from tasks.store import is_remote, stored_at
+
+MLFLOW = "mlflow:"
+FLYTE = "flyte://"
+
+
+def is_reference(name: str) -> bool:
+    """Say whether a name has to be looked up, and is no address yet."""
+    return name.startswith((MLFLOW, FLYTE))
+
+
+def locate(name: str, kind: str) -> str:
+    """Return the address, a folder or a URL, of the artefact that a name stands for.
+
+    Parameters
+    ----------
+    name : str
+        One of the names above.
+    kind : str
+        Kind that is wanted.
+
+    Raises
+    ------
+    ArtifactError
+        The name stands for no artefact of this kind, or for several; the message lists them.
+    ValueError
+        There is no such run or model, or the name is misspelt.
+    """
+    if name.startswith(FLYTE):
+        return _in_flyte(name, kind)
+    if not name.startswith(MLFLOW):
+        return name
+    client, named = open_store(), name.removeprefix(MLFLOW)
+    run_id = named if re.fullmatch("[0-9a-f]{32}", named) else _model_run(client, named)
+    return _made_by(client, get_run(client, run_id), kind, name)
+
+
+def _in_flyte(name: str, kind: str) -> str:
+    remote = FlyteRemote(FlyteConfig.auto())
+    found = remote.get(name)
+    literals = [found] if isinstance(found, Literal) else getattr(found, "literals", {}).values()
+    addresses = [
+        literal.scalar.blob.uri
+        for literal in literals
+        if literal.scalar is not None
+        and literal.scalar.blob is not None
+        and literal.scalar.blob.metadata.type.format == kind
+    ]
+    if len(addresses) != 1:
+        raise ArtifactError(
+            f"{name}: {len(addresses) or 'no'} outputs of the kind {kind} at {remote.config.platform.endpoint}; "
+            "name one output of one node: flyte://v1/<project>/<domain>/<execution>/<node>/o/<output>"
+        )
+    return str(addresses[0])
+
+
+def _model_run(client: MlflowClient, named: str) -> str:
+    """Return the run that logged a version of a registered model."""
+    parts = re.fullmatch(r"([^@/]+)(?:@([^@/]+)|/(\d+))", named)
+    if parts is None:
+        raise ValueError(
+            f"{MLFLOW}{named}: name a run by its 32 digits, mlflow:<run id>, or a model by alias or version, "
+            "mlflow:<model>@<alias> or mlflow:<model>/<version>"
+        )
+    model, alias, version = parts.groups()
+    try:
+        found = (
+            client.get_model_version_by_alias(model, alias)
+            if alias
+            else client.get_model_version(model, version)
+        )
+    except MlflowException as error:
+        known = ", ".join(sorted(m.name for m in client.search_registered_models())) or "none"
+        raise ValueError(
+            f"{MLFLOW}{named}: no such registered model, alias or version ({error.message}); "
+            f"registered models: {known}"
+        ) from error
+    return str(found.run_id)
+
+
+def _made_by(client: MlflowClient, run: Run, kind: str, name: str) -> str:
+    """Go from a run to what it made, then to those that made what it had read, until the kind appears."""
+    experiments = everywhere(client)
+    makers = {by.info.run_id: by for by in [run, *stages_of(client, run), *_answered_from_cache(client, run)]}
+    visited: set[str] = set()
+    while makers:
+        fitting = {
+            made: by for by in makers.values() for made in tagged(by.data.tags, "output") if made.kind == kind
+        }
+        if len(fitting) == 1:
+            ((made, by),) = fitting.items()
+            return _address(made, by)
+        if fitting:
+            names = "; ".join(f"mlflow:{by.info.run_id} ({by.info.run_name})" for by in fitting.values())
+            raise ArtifactError(
+                f"{name}: {len(fitting)} artefacts of the kind {kind}; name the stage: {names}"
+            )
+        visited |= makers.keys()
+        read = {parent for by in makers.values() for parent in tagged(by.data.tags, "parent")}
+        found = [by for parent in sorted(read) if (by := maker_of(client, experiments, parent))]
+        makers = {by.info.run_id: by for by in found if by.info.run_id not in visited}
+    raise ArtifactError(
+        f"{name}: run {run.info.run_name!r} neither made an artefact of the kind {kind} nor came from one"
+    )
+
+
+def _answered_from_cache(client: MlflowClient, pipeline: Run) -> list[Run]:
+    """Return the earlier runs of stages that left none in this execution, as the pipeline's run names them."""
+    named = {run for key, run in pipeline.data.tags.items() if key.startswith("produced_by.")}
+    return [get_run(client, run_id) for run_id in sorted(named)]
+
+
+def _address(artifact: Named, maker: Run) -> str:
+    folder = stored_at(*artifact)
+    if folder.is_dir():
+        return str(folder)
+    address = maker.data.tags.get(f"stored.{artifact.kind}", "")
+    if not is_remote(address):
+        raise ArtifactError(
+            f"{artifact.kind} {artifact.fingerprint[:16]} of run {maker.info.run_id}: the run left it in "
+            f"{address or 'a place that it did not note'}, which is not on this machine; run the stage again, or give "
+            "a folder"
+        )
+    return address
