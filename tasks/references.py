@@ -22,7 +22,8 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from components.folders import ArtifactError
-from tasks.runs import Named, everywhere, get_run, maker_of, open_store, stages_of, tagged
+from components.lineage import Named
+from tasks.runs import everywhere, get_run, maker_of, open_store, stages_of, tagged
 from tasks.store import is_remote, stored_at
 
 MLFLOW = "mlflow:"

@@ -4,13 +4,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from components.folders import Artifact
+from components.lineage import Named
 from tasks.home import home
 
 DIGEST = 16
@@ -62,13 +62,6 @@ def kinds(prefix: str, artifacts: Iterable[Artifact]) -> dict[str, str]:
         same = sum(key.split(".")[1] == artifact.kind() for key in tags)
         tags[f"{prefix}.{artifact.kind()}" + (f".{same + 1}" if same else "")] = artifact.fingerprint
     return tags
-
-
-class Named(NamedTuple):
-    """An artefact by what it is and what it holds."""
-
-    kind: str
-    fingerprint: str
 
 
 def tagged(tags: Mapping[str, str], prefix: str) -> Iterator[Named]:

@@ -27,8 +27,10 @@ from rich.text import Text
 
 from components.config import Config
 from components.folders import Artifact
+from components.lineage import Named, lineage_figure
 from components.metrics.figures import loss_curves
 from tasks.home import home
+from tasks.lineage import trace
 from tasks.origin import code_tags, execution_tags
 from tasks.runs import (
     DIGEST,
@@ -400,7 +402,7 @@ def mark_pipeline(run_id: str, word: str, texts: Mapping[str, str]) -> None:
 
 
 def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str]:
-    """Tag the parent run with everything that the given artefacts came from, and close it.
+    """Tag the parent run with everything that the given artefacts came from, draw it, and close the run.
 
     A stage whose result came from Flyte's cache has no run in this execution: it is found by the
     fingerprint of what it made, and so on upwards through what that run had read.
@@ -421,27 +423,25 @@ def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str
         return {}
     client = open_store()
     get_run(client, run_id)
-    experiments = everywhere(client)
-    waiting = list(tagged(kinds("output", artifacts), "output"))
+    ends = [Named(artifact.kind(), artifact.fingerprint) for artifact in artifacts]
+    lineage = trace(client, ends)
+    steps = lineage.steps.values()
+    makers = {made: step for step in steps for made in step.made}
     tags: dict[str, str] = {}
     stages: dict[str, str] = {}
-    seen: set[str] = set()
-    while waiting:
-        kind, digest = made = waiting.pop()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        maker = maker_of(client, experiments, made)
-        stage = maker.info.run_name if maker else "unknown"
-        same = sum(key.startswith(f"artifact.{stage}.{kind}") for key in tags)
+    for artifact in dict.fromkeys([*ends, *(read for step in steps for read in step.read)]):
+        maker = makers.get(artifact)
+        stage = maker.name if maker else "unknown"
+        same = sum(key.startswith(f"artifact.{stage}.{artifact.kind}") for key in tags)
         number = f".{same + 1}" if same else ""
-        tags[f"artifact.{stage}.{kind}{number}"] = digest
+        tags[f"artifact.{stage}.{artifact.kind}{number}"] = artifact.fingerprint
         if maker is not None:
-            tags[f"produced_by.{stage}.{kind}{number}"] = maker.info.run_id
-            stages[stage] = maker.info.run_id
-            waiting += tagged(maker.data.tags, "parent")
+            tags[f"produced_by.{stage}.{artifact.kind}{number}"] = maker.run_id
+            stages[stage] = maker.run_id
     for start in range(0, len(tags), 100):
         _set_tags(client, run_id, dict(list(tags.items())[start : start + 100]))
+    if lineage.steps:
+        StageRun(client, run_id, "pipeline").figure("lineage", lineage_figure(lineage))
     client.set_terminated(run_id, "FINISHED")
     return stages
 
