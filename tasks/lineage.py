@@ -129,7 +129,9 @@ def _note(client: MlflowClient, run: Run) -> str:
         if rest == "kept/all/R_at_10" and method not in BASELINES:
             return f"R@10 {short(value)}"
     if any(made.kind == "Bundle" for made in tagged(run.data.tags, "output")):
-        versions = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+        found = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+        # A search leaves the aliases out.
+        versions = [client.get_model_version(version.name, version.version) for version in found]
         return ", ".join(
             f"{v.name} version {v.version}" + "".join(f" @{alias}" for alias in v.aliases) for v in versions
         )
