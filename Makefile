@@ -12,6 +12,7 @@ PORT ?= 5000
 SECTION ?=
 RUN ?=
 FIGURE ?=
+HERE ?=
 # The first interpreter that answers with a version sidflow supports.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,flyte,dev]'
 	@touch $(STAMP)
 
-.PHONY: install keys run ablation lineage test check format ui bench clean help
+.PHONY: install keys run ablation lineage reproduce test check format ui bench clean help
 install: $(STAMP) ## create .venv with the pinned dependencies
 
 keys: $(STAMP) ## explain every setting with its default (SECTION=joint)
@@ -43,6 +44,10 @@ ablation: $(STAMP) ## compare arms over seeds, one table and one figure (PRESET=
 lineage: $(STAMP) ## show where a run came from and what came of it (RUN=<MLflow run id>, FIGURE=lineage.png)
 	@test -n "$(RUN)" || { echo "name the run: make lineage RUN=<MLflow run id>; make run and make ui show the ids"; exit 2; }
 	@$(BIN)/python -m workflows.lineage $(RUN) $(if $(FIGURE),--figure $(FIGURE))
+
+reproduce: $(STAMP) ## run a finished run again and compare every artefact and metric (RUN=<MLflow run id>, HERE=1: today's code)
+	@test -n "$(RUN)" || { echo "name the run: make reproduce RUN=<MLflow run id>; make ui shows the ids"; exit 2; }
+	@$(BIN)/python -m workflows.reproduce $(RUN) $(if $(HERE),--here)
 
 test: $(STAMP) ## run the default test suite
 	$(BIN)/python -m pytest

@@ -1,13 +1,21 @@
-"""Where a run came from: the commit of the code and the Flyte execution."""
+"""Where a run came from: the commit of the code, the libraries and the Flyte execution."""
 
 import os
+import platform
+import re
 import socket
 import subprocess
 import uuid
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from flytekit import current_context
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder of the code."""
 
 
 @cache
@@ -40,18 +48,53 @@ def code_tags() -> dict[str, str]:
 
     In an image without a checkout the commit stands in the environment variable ``GIT_COMMIT``.
     """
-    head = os.environ.get("GIT_COMMIT") or _git("rev-parse", "HEAD")
+    head = os.environ.get("GIT_COMMIT") or git("rev-parse", "HEAD")
     if not head:
         return {"mlflow.source.git.commit": "unknown"}
-    dirty = "unknown" if os.environ.get("GIT_COMMIT") else str(bool(_git("status", "--porcelain"))).lower()
+    dirty = "unknown" if os.environ.get("GIT_COMMIT") else str(bool(git("status", "--porcelain"))).lower()
     return {"mlflow.source.git.commit": head, "sidflow.git.dirty": dirty}
 
 
-def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parent.parent
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "polars",
+    "scikit-learn",
+    "scipy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "flytekit",
+    "mlflow",
+)
+"""Those whose version may change what comes out."""
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return what results depend on besides code, data and settings: libraries, Python, processor and threads."""
+    found = {
+        "python": platform.python_version(),
+        "machine": _machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _machine() -> str:
+    """Name the processor as the system does, or its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def git(*arguments: str) -> str:
+    """Return what git says about this checkout, or nothing where there is no git, no checkout or an error."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60, check=False
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""

@@ -115,7 +115,7 @@ def _made_by(client: MlflowClient, run: Run, kind: str, name: str) -> str:
         }
         if len(fitting) == 1:
             ((made, by),) = fitting.items()
-            return _address(made, by)
+            return address_of(made, by)
         if fitting:
             names = "; ".join(f"mlflow:{by.info.run_id} ({by.info.run_name})" for by in fitting.values())
             raise ArtifactError(
@@ -136,15 +136,26 @@ def _answered_from_cache(client: MlflowClient, pipeline: Run) -> list[Run]:
     return [get_run(client, run_id) for run_id in sorted(named)]
 
 
-def _address(artifact: Named, maker: Run) -> str:
+def address_of(artifact: Named, maker: Run | None) -> str:
+    """Return where an artefact lies: in the local store, or where the run that made it noted.
+
+    Raises
+    ------
+    ArtifactError
+        It is in neither place.
+    """
     folder = stored_at(*artifact)
     if folder.is_dir():
         return str(folder)
-    address = maker.data.tags.get(f"stored.{artifact.kind}", "")
-    if not is_remote(address):
-        raise ArtifactError(
-            f"{artifact.kind} {artifact.fingerprint[:16]} of run {maker.info.run_id}: the run left it in "
-            f"{address or 'a place that it did not note'}, which is not on this machine; run the stage again, or give "
-            "a folder"
-        )
-    return address
+    noted = maker.data.tags.get(f"stored.{artifact.kind}", "") if maker else ""
+    if is_remote(noted):
+        return noted
+    left = (
+        f"run {maker.info.run_id} left it in {noted or 'a place unknown'}"
+        if maker
+        else "no run is known to have made it"
+    )
+    raise ArtifactError(
+        f"{artifact.kind} {artifact.fingerprint[:16]} is not on this machine; {left}: run the stage that makes it "
+        "again, or give a folder"
+    )

@@ -31,7 +31,7 @@ from components.lineage import Named, lineage_figure
 from components.metrics.figures import loss_curves
 from tasks.home import home
 from tasks.lineage import trace
-from tasks.origin import code_tags, execution_tags
+from tasks.origin import code_tags, execution_tags, versions
 from tasks.runs import (
     DIGEST,
     everywhere,
@@ -47,6 +47,9 @@ from tasks.store import publish, stored_at
 
 STANDALONE = "stages"
 """Experiment of stages that are run alone."""
+
+VERSIONS = "sidflow.versions"
+"""Tag that holds, as JSON, what results depend on besides code, data and settings."""
 
 _BATCH = 500
 _SECONDS = 10.0
@@ -234,6 +237,7 @@ def tracked(
     tags = (
         execution_tags(kind)
         | code_tags()
+        | {VERSIONS: json.dumps(versions())}
         | kinds("parent", parents)
         | {
             "sidflow.stage": kind,
@@ -257,7 +261,7 @@ def tracked(
             yield run
         run.flush()
         client.set_terminated(run.run_id, "FINISHED")
-        run.say(f"done in {time.monotonic() - began:.1f} s")
+        run.say(f"done in {time.monotonic() - began:.1f} s" + ("" if run_id else f"  mlflow:{run.run_id}"))
     except BaseException as error:
         _close_broken(run, run_id, error)
         raise
@@ -348,6 +352,7 @@ def start_pipeline(workflow: str, experiment: str, config: Config) -> str:
     tags = (
         execution_tags(workflow)
         | code_tags()
+        | {VERSIONS: json.dumps(versions())}
         | {"sidflow.workflow": workflow, "mlflow.source.name": workflow}
     )
     name = f"{workflow} {datetime.now():%Y-%m-%d %H:%M:%S}"
