@@ -461,17 +461,88 @@ class CollisionReport(Artifact):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle(Artifact):
-    """All that serving needs: encoder, tokenizer, table, recommender and the items' raw ids and titles."""
+class SidDrift(Artifact):
+    """How well the codebooks of the last training still fit a catalogue that has grown since.
 
+    ``levels``: by level, mean ``reconstruction`` and ``perplexity`` of the items ``known`` to training and of the
+    ``newcomers``, and the share of newcomers whose code no known item has; null where nobody reaches it.
+    ``checks``: the figures that have a limit, whether they are ``beyond`` it, and what that means in words.
+    ``trained`` and ``grown`` are fingerprints of the two tables.
+    """
+
+    SCHEMAS = {
+        "levels": pl.Schema(
+            {
+                "level": pl.UInt8(),
+                "reconstruction_known": pl.Float64(),
+                "reconstruction_newcomers": pl.Float64(),
+                "perplexity_known": pl.Float64(),
+                "perplexity_newcomers": pl.Float64(),
+                "unseen_share": pl.Float64(),
+            }
+        ),
+        "checks": pl.Schema(
+            {
+                "figure": pl.String(),
+                "value": pl.Float64(),
+                "limit": pl.Float64(),
+                "beyond": pl.Boolean(),
+                "words": pl.String(),
+            }
+        ),
+    }
+    levels: pl.DataFrame
+    checks: pl.DataFrame
+    figures: dict[str, float]
+    verdict: str
+    trained: str
+    grown: str
+
+    @property
+    def reasons(self) -> list[str]:
+        """What speaks for a retraining, in words; empty where nothing does."""
+        return self.checks.filter("beyond")["words"].to_list()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SidChurn(Artifact):
+    """How many of the ``items`` of an old table a retrained one names otherwise, before and after matching its codes.
+
+    ``changes``: shares, by part of the name: the whole ``SID``, its ``codes``, the code on each ``level``.
+    ``old``, ``new`` and ``renamed`` are fingerprints of tables: as it was, retrained, and under matched labels.
+    """
+
+    SCHEMAS = {
+        "changes": pl.Schema({"part": pl.String(), "before": pl.Float64(), "after": pl.Float64()}),
+    }
+    changes: pl.DataFrame
+    items: int
+    old: str
+    new: str
+    renamed: str
+
+    def share(self, part: str, when: str = "after") -> float:
+        """Return the share of items whose part of the name changed, ``before`` or ``after`` matching."""
+        return float(self.changes.filter(part=part)[when].item())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle(Artifact):
+    """All that serving needs: encoder, tokenizer, table, recommender and the items' raw ids and titles.
+
+    ``popularity`` counts training events, for people of whom nothing is known.
+    """
+
+    SCHEMAS = {"popularity": pl.Schema({"item_id": pl.UInt32(), "events": pl.UInt32()})}
     catalog: ItemCatalog
     tokenizer: TokenizerCheckpoint
     sids: SidTable
     recommender: RecommenderCheckpoint
     encoder: ContentEncoder
+    popularity: pl.DataFrame
 
     def check(self) -> None:
-        """The parts were made for one another."""
+        """The parts were made for one another, and somebody met an item."""
         self.recommender.check_sids(self.sids)
         if self.sids.tokenizer != self.tokenizer.fingerprint:
             raise ArtifactError(
@@ -482,6 +553,32 @@ class Bundle(Artifact):
             self.sids.num_items == self.catalog.num_items,
             f"Bundle: {self.sids.num_items} SIDs for {self.catalog.num_items} items",
         )
+        _check_row_is_item("Bundle.popularity", self.popularity)
+        require(
+            len(self.popularity) == self.catalog.num_items,
+            f"Bundle: popularity of {len(self.popularity)} items for {self.catalog.num_items} items; "
+            "count the events of a split of this catalogue",
+        )
+        require(bool(self.popularity["events"].sum()), "Bundle.popularity: no item has a training event")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion(Artifact):
+    """What became of a model in the registry, and why.
+
+    ``version`` of the registered ``model``; whether it holds the ``alias`` now, and the ``reason`` in a sentence.
+    ``figures``: value of the new model and of the champion, their paired difference and its interval, as far as known.
+    ``bundle`` and ``split`` are fingerprints.
+    """
+
+    model: str
+    alias: str
+    version: int
+    promoted: bool
+    reason: str
+    figures: dict[str, float]
+    bundle: str
+    split: str
 
 
 def _check_row_is_item(name: str, frame: pl.DataFrame) -> None:

@@ -287,7 +287,8 @@ def _check_text(tfidf_NV: Any, rows: pl.DataFrame) -> None:
         raise ValueError(
             f"lsa: {len(without)} items have no usable text, the first are raw ids "
             f"{without['raw_id'].head(5).to_list()} with text {without['text'].head(5).to_list()}; "
-            "give them a title or drop them, lower embedding.encoder.min_df, or use precomputed vectors"
+            "give them a title or drop them, lower embedding.encoder.min_df, or use precomputed vectors; of items that "
+            "came after the encoder was fitted it may know no word: drop them, or fit it again in a full retraining"
         )
 
 

@@ -85,7 +85,9 @@ class Artifact:
     def _values(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
 
-    def _parts(self) -> dict[str, "Artifact"]:
+    @property
+    def parts(self) -> dict[str, "Artifact"]:
+        """The artefacts that this one is made of, by field."""
         return {name: value for name, value in self._values().items() if isinstance(value, Artifact)}
 
     @cached_property
@@ -101,7 +103,7 @@ class Artifact:
             "digests": {
                 name: hashlib.sha256(data).hexdigest() for name, data in sorted(self._payload.items())
             },
-            "parts": {name: part.fingerprint for name, part in sorted(self._parts().items())},
+            "parts": {name: part.fingerprint for name, part in sorted(self.parts.items())},
         }
 
     @cached_property
@@ -154,7 +156,7 @@ class Artifact:
     def _write(self, folder: Path) -> None:
         for name, data in self._payload.items():
             _write_synced(folder / name, data)
-        for name, part in self._parts().items():
+        for name, part in self.parts.items():
             (folder / name).mkdir()
             part._write(folder / name)
         text = json.dumps(self.manifest, indent=1, sort_keys=True, default=dict)

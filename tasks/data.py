@@ -20,9 +20,12 @@ from components.data import splits
 from components.data.ingest import IngestConfig
 from components.data.splits import SplitConfig
 from components.embeddings import EncoderConfig, LsaConfig
+from components.pages.data import data_page, split_page
+from components.pages.embeddings import embeddings_page
 from tasks import runtime
+from tasks.decks import show
 from tasks.flyte_types import by_content
-from tasks.tracking import tracked
+from tasks.tracking import StageRun, tracked
 
 
 class EmbeddingStage(Config):
@@ -41,7 +44,7 @@ class Ingested(NamedTuple):
     catalog: Annotated[ItemCatalog, by_content]
 
 
-@task(**runtime.CPU)
+@task(**runtime.CPU, **runtime.DECK)
 def ingest(config: IngestConfig, run_id: str = "") -> Ingested:
     """Read raw files: dense ids, k-core, time order. Not cached: files may change under the same name.
 
@@ -51,22 +54,47 @@ def ingest(config: IngestConfig, run_id: str = "") -> Ingested:
     """
     with tracked("ingest", config, run_id) as run:
         log, catalog = reading.ingest(config)
-        for source in log.sources:
-            run.dataset(source["name"], source["sha256"], config.source.model_dump_json(), "raw")
-        run.metrics({k: v for k, v in log.statistics.items() if isinstance(v, int | float)})
-        run.say(f"{len(log.events):,} events, {log.num_users:,} users, {catalog.num_items:,} items")
+        _tell_log(run, config, log, catalog)
         run.output(log, catalog)
         return Ingested(log, catalog)
 
 
-@task(**runtime.CPU, cache=runtime.cached("2"))
+@task(**runtime.CPU, **runtime.DECK)
+def ingest_onto(
+    catalog: Annotated[ItemCatalog, by_content], config: IngestConfig, run_id: str = ""
+) -> Ingested:
+    """Read newer raw files for a catalogue that exists: its items keep their ids. Not cached: files may change.
+
+    Args:
+        catalog: Folder of the ItemCatalog that is known.
+        config: Source and rules, a YAML file or JSON. Keys: make keys SECTION=ingest.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("ingest_onto", config, run_id, [catalog]) as run:
+        log, grown = reading.ingest(config, catalog)
+        _tell_log(run, config, log, grown)
+        run.say(f"{grown.num_items - catalog.num_items:,} items are new")
+        # A catalogue that did not grow was made by an earlier run.
+        run.output(*([log] if grown is catalog else [log, grown]))
+        return Ingested(log, grown)
+
+
+def _tell_log(run: StageRun, config: IngestConfig, log: InteractionLog, catalog: ItemCatalog) -> None:
+    for source in log.sources:
+        run.dataset(source["name"], source["sha256"], config.source.model_dump_json(), "raw")
+    run.metrics({k: v for k, v in log.statistics.items() if isinstance(v, int | float)})
+    run.say(f"{len(log.events):,} events, {log.num_users:,} users, {catalog.num_items:,} items")
+    show(run, "Data", data_page(log, catalog))
+
+
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("2"))
 def split(
     log: Annotated[InteractionLog, by_content],
     catalog: Annotated[ItemCatalog, by_content],
     config: SplitConfig,
     run_id: str = "",
 ) -> Annotated[SequenceSplit, by_content]:
-    """Hold out the last item or basket of each user for test, the one before for validation.
+    """Hold out events of each user for validation and test: the last, the last baskets, or those after a moment.
 
     Args:
         log: Folder of an InteractionLog.
@@ -76,16 +104,40 @@ def split(
     """
     with tracked("split", config, run_id, [log, catalog]) as run:
         held = splits.hold_out(log, catalog, config)
-        run.metrics(
-            {
-                "training_targets": held.num_training_targets,
-                "test_users": len(held.test),
-                "cold_items": len(held.cold),
-            }
-        )
-        run.say(f"{held.num_training_targets:,} training targets, {len(held.test):,} test users")
+        _tell_split(run, held, log, catalog)
         run.output(held)
         return held
+
+
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("1"))
+def split_newcomers(
+    log: Annotated[InteractionLog, by_content],
+    catalog: Annotated[ItemCatalog, by_content],
+    known: Annotated[ItemCatalog, by_content],
+    config: SplitConfig,
+    run_id: str = "",
+) -> Annotated[SequenceSplit, by_content]:
+    """Split with the items that a grown catalogue has beyond the one before as cold: only test meets them.
+
+    Args:
+        log: Folder of an InteractionLog.
+        catalog: Folder of the ItemCatalog that was made with it, by ingest_onto.
+        known: Folder of the ItemCatalog that it grew from.
+        config: Protocol, a YAML file or JSON; cold_share is 0. Keys: make keys SECTION=split.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("split_newcomers", config, run_id, [log, catalog, known]) as run:
+        held = splits.hold_out(log, catalog, config, known)
+        _tell_split(run, held, log, catalog)
+        run.output(held)
+        return held
+
+
+def _tell_split(run: StageRun, held: SequenceSplit, log: InteractionLog, catalog: ItemCatalog) -> None:
+    figures = {"test_users": len(held.test), "cold_items": len(held.cold)}
+    run.metrics({"training_targets": held.num_training_targets} | figures)
+    run.say(f"{held.num_training_targets:,} training targets, {len(held.test):,} test users")
+    show(run, "Split", split_page(held, log, catalog))
 
 
 @task(**runtime.CPU, cache=runtime.cached("1"))
@@ -138,7 +190,7 @@ def embed_shard(
         return part
 
 
-@task(**runtime.CPU, cache=runtime.cached("1"))
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("1"))
 def assemble_embeddings(
     shards: list[Annotated[EmbeddingShard, by_content]],
     catalog: Annotated[ItemCatalog, by_content],
@@ -156,5 +208,6 @@ def assemble_embeddings(
     with tracked("assemble_embeddings", None, run_id, [*shards, catalog, encoder]) as run:
         whole = embeddings.assemble(shards, catalog, encoder)
         run.say(f"{whole.matrix.shape[0]:,} vectors of width {whole.matrix.shape[1]}")
+        show(run, "Embeddings", embeddings_page(whole, catalog))
         run.output(whole)
         return whole

@@ -5,11 +5,12 @@ from typing import Annotated, Any, NamedTuple
 
 import polars as pl
 import torch
-from flytekit import Deck, task
+from flytekit import task
 
 from components.artifacts import (
     Comparison,
     EvaluationReport,
+    ItemCatalog,
     RecommenderCheckpoint,
     SequenceSplit,
     SidTable,
@@ -18,9 +19,10 @@ from components.data.batches import held_out_rows
 from components.metrics import compare as comparing
 from components.metrics import report as reporting
 from components.metrics.beam_loss import beam_loss
-from components.metrics.compare import CompareConfig, html_table
+from components.metrics.compare import CompareConfig
 from components.metrics.figures import comparison_figure
 from components.metrics.report import EvaluateConfig, RankFn
+from components.pages.results import comparison_page, results_page
 from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
 from components.recommenders.exact import NOT_EXACT, exact_ranker
@@ -29,6 +31,7 @@ from components.tokenizers.sids import table_symbols
 from components.tokenizers.trie import build_trie
 from components.training.loop import device_of
 from tasks import runtime
+from tasks.decks import show
 from tasks.flyte_types import by_content
 from tasks.tracking import StageRun, tracked
 
@@ -112,13 +115,14 @@ def evaluate_baselines(
         return report
 
 
-@task(**runtime.GPU, cache=runtime.cached("2"))
+@task(**runtime.GPU, **runtime.DECK, cache=runtime.cached("3"))
 def evaluate_recommender(
     name: str,
     recommender: Annotated[RecommenderCheckpoint, by_content],
     sids: Annotated[SidTable, by_content],
     split: Annotated[SequenceSplit, by_content],
     baselines: Annotated[EvaluationReport, by_content],
+    catalog: Annotated[ItemCatalog, by_content],
     config: EvaluateConfig,
     run_id: str = "",
 ) -> Annotated[EvaluationReport, by_content]:
@@ -130,12 +134,12 @@ def evaluate_recommender(
         sids: Folder of the SidTable that it was trained with.
         split: Folder of the SequenceSplit.
         baselines: Folder of the EvaluationReport of the baselines, made with the same settings.
+        catalog: Folder of the ItemCatalog, for names on the deck.
         config: Settings, a YAML file or JSON. Keys: make keys SECTION=evaluate.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
-    with tracked(
-        f"evaluate_recommender {name}", config, run_id, [recommender, sids, split, baselines]
-    ) as run:
+    read = [recommender, sids, split, baselines, catalog]
+    with tracked(f"evaluate_recommender {name}", config, run_id, read) as run:
         beam, exact = rankers(recommender, sids, config)
         ranks = beam if config.decode == "beam" else exact
         if ranks is None:
@@ -150,6 +154,9 @@ def evaluate_recommender(
             name, lambda _, exclude_seen: lists(exclude_seen), split, config, baselines, details
         )
         record_method(run, name, report)
+        shown = config.blocks[0]
+        items = lists(shown == "excluded").items.cpu().numpy()
+        show(run, "Results", results_page(name, report, split, catalog, items, shown))
         run.output(report)
         return report
 
@@ -168,9 +175,7 @@ def compare_reports(
     with tracked("compare_reports", config, run_id, reports) as run:
         comparison = comparing.compare(reports, config)
         figure = comparison_figure(comparison)
-        page = html_table(comparison) + "".join(f"<p>{line}</p>" for line in comparing.verdicts(comparison))
-        Deck("Comparison", page)
+        show(run, "Comparison", comparison_page(comparison))
         run.figure("comparison", figure)
-        run.text("comparison.html", page)
         run.output(comparison)
         return comparison

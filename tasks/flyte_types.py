@@ -6,6 +6,7 @@ never points to a temporary file.
 """
 
 import html
+import json
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_args, get_origin
 
@@ -23,7 +24,7 @@ from components.config import Config
 from components.folders import Artifact, ArtifactError, read_manifest
 from tasks.home import home
 from tasks.references import is_reference, locate
-from tasks.store import is_remote, local, publish
+from tasks.store import fetch, is_remote, local, publish
 
 Folder: TypeAlias = str | Path | FlyteDirectory
 
@@ -94,11 +95,7 @@ class ArtifactTransformer(TypeTransformer[Artifact]):
             The folder is gone, holds another kind, or was changed.
         """
         uri = lv.scalar.blob.uri
-        if is_remote(uri):
-            copy = ctx.file_access.get_random_local_directory()
-            ctx.file_access.get_data(uri, copy, is_multipart=True)
-            return self.python_type.load(Path(copy))  # type: ignore[no-any-return]
-        folder = local(uri)
+        folder = fetch(uri, ctx.file_access)
         if not folder.is_dir():
             raise ArtifactError(
                 f"{folder}: the folder of this {self.name} is gone; if Flyte's cache still remembers it, "
@@ -135,6 +132,10 @@ class FolderParam(click_types.DirParamType):
 
 class ListParam(click_types.JsonParamType):
     """A JSON list on the command line. Flytekit would read folders of artefacts as JSON files themselves."""
+
+    def _parse(self, value: Any, param: Any) -> Any:
+        # YAML reads an unquoted day as a date, which flytekit cannot write as JSON to validate it.
+        return json.loads(json.dumps(super()._parse(value, param), default=str))
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Pass a list of folders as it is given; everything else is flytekit's."""

@@ -11,10 +11,12 @@ from components.artifacts import (
     SidTable,
     TokenizerCheckpoint,
 )
+from components.pages.training import training_page
 from components.training.joint import JointConfig, JointStage, train_jointly
 from components.training.recommender import RecommenderStage
 from tasks import runtime
 from tasks.checkpoints import resumable
+from tasks.decks import show
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
@@ -27,7 +29,7 @@ class Joint(NamedTuple):
     recommender: Annotated[RecommenderCheckpoint, by_content]
 
 
-@task(**runtime.GPU, cache=runtime.cached("2", "name"))
+@task(**runtime.GPU, **runtime.DECK, cache=runtime.cached("2", "name"))
 def fit_jointly(
     split: Annotated[SequenceSplit, by_content],
     embeddings: Annotated[ContentEmbeddings, by_content],
@@ -56,6 +58,11 @@ def fit_jointly(
         run.finish_training(result.recommender.metrics)
         if result.collapsed:
             run.mark("collapsed", result.collapsed)
-        tokenizer, table, recommender, _ = result
+        tokenizer, table, recommender, collapsed = result
+        top = [("kind", recipe.model.kind), ("epoch kept", str(recommender.epoch))]
+        page = training_page(
+            "Joint training", run.history, recommender.metrics, recommender.step, top, collapsed or ""
+        )
+        show(run, "Joint", page)
         run.output(tokenizer, table, recommender)
         return Joint(tokenizer, table, recommender)

@@ -25,6 +25,7 @@ from components.folders import Provenance
 from components.recommenders.serving import training_popularity
 from tasks import runtime
 from tasks.flyte_types import by_content
+from tasks.runs import BUNDLE, kinds
 from tasks.store import keep
 from tasks.tracking import StageRun, fluent, tracked
 
@@ -76,7 +77,8 @@ def log_bundle(run: StageRun, bundle: Bundle) -> str:
             code_paths=[str(Path(components.__file__).parent)],
             signature=SIGNATURE,
             pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
-            metadata={"sidflow.bundle": bundle.fingerprint},
+            metadata={BUNDLE: bundle.fingerprint},
+            tags={BUNDLE: bundle.fingerprint} | kinds("part", bundle.parts.values()),
         )
     return str(model.model_uri)
 

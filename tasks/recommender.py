@@ -6,15 +6,17 @@ from flytekit import task
 
 from components.artifacts import ContentEmbeddings, RecommenderCheckpoint, SequenceSplit, SidTable
 from components.metrics.sids import COLLAPSED_AT
+from components.pages.training import training_page
 from components.training.item_figures import REMEDY
 from components.training.recommender import RecommenderStage, train_recommender
 from tasks import runtime
 from tasks.checkpoints import resumable
+from tasks.decks import show
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("2", "name"))
+@task(**runtime.GPU, **runtime.DECK, cache=runtime.cached("2", "name"))
 def fit_recommender(
     split: Annotated[SequenceSplit, by_content],
     sids: Annotated[SidTable, by_content],
@@ -36,11 +38,15 @@ def fit_recommender(
     with tracked(f"fit_recommender {name}".strip(), config, run_id, [split, sids, embeddings]) as run:
         checkpoint = train_recommender(split, sids, embeddings, config, run.log, *resumable())
         run.finish_training(checkpoint.metrics)
+        text = ""
         if (epoch := checkpoint.metrics.get(COLLAPSED_AT)) is not None:
             text = (
                 f"epoch {epoch:.0f}: the items' walks through the codebooks collapse, their share of distinct paths is "
                 f"below recommender.min_paths {config.min_paths:g}; {REMEDY}"
             )
             run.mark("collapsed", text)
+        top = [("kind", config.model.kind), ("epoch kept", str(checkpoint.epoch))]
+        page = training_page("Recommender", run.history, checkpoint.metrics, checkpoint.step, top, text)
+        show(run, "Recommender", page)
         run.output(checkpoint)
         return checkpoint

@@ -13,17 +13,22 @@ same name serves ``--tokenizer``, ``--embeddings`` and ``--split``.
 """
 
 import re
+from pathlib import Path
+from typing import Any, get_type_hints
 
 from flytekit.configuration import Config as FlyteConfig
 from flytekit.models.literals import Literal
 from flytekit.remote import FlyteRemote
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from components.folders import ArtifactError
+from components.artifacts import Bundle
+from components.folders import Artifact, ArtifactError
 from components.lineage import Named
-from tasks.runs import everywhere, get_run, maker_of, open_store, stages_of, tagged
+from tasks.runs import BUNDLE, everywhere, get_run, maker_of, open_store, stages_of, tagged, tracking_uri
 from tasks.store import is_remote, stored_at
 
 MLFLOW = "mlflow:"
@@ -57,8 +62,12 @@ def locate(name: str, kind: str) -> str:
     if not name.startswith(MLFLOW):
         return name
     client, named = open_store(), name.removeprefix(MLFLOW)
-    run_id = named if re.fullmatch("[0-9a-f]{32}", named) else _model_run(client, named)
-    return _made_by(client, get_run(client, run_id), kind, name)
+    if re.fullmatch("[0-9a-f]{32}", named):
+        return _made_by(client, get_run(client, named), kind, name)
+    version = _version(client, named)
+    if folder := _part_of_bundle(version, kind):
+        return str(folder)
+    return _made_by(client, get_run(client, version.run_id), kind, name)
 
 
 def _in_flyte(name: str, kind: str) -> str:
@@ -80,8 +89,25 @@ def _in_flyte(name: str, kind: str) -> str:
     return str(addresses[0])
 
 
-def _model_run(client: MlflowClient, named: str) -> str:
-    """Return the run that logged a version of a registered model."""
+def _part_of_bundle(version: ModelVersion, kind: str) -> Path | None:
+    """Return the folder of the Bundle that a version holds, or of a part of it: the registry has the files itself."""
+    fields = {found.kind(): field for field, found in get_type_hints(Bundle).items() if _is_artifact(found)}
+    if kind not in (Bundle.kind(), *fields) or BUNDLE not in version.tags:
+        return None
+    folder = stored_at(Bundle.kind(), version.tags[BUNDLE])
+    if not folder.is_dir():
+        uri = f"models:/{version.name}/{version.version}"
+        model = Path(download_artifacts(uri, tracking_uri=tracking_uri()))
+        folder = model / "artifacts" / folder.name
+    return folder / fields[kind] if kind in fields else folder
+
+
+def _is_artifact(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Artifact)
+
+
+def _version(client: MlflowClient, named: str) -> ModelVersion:
+    """Return a version of a registered model."""
     parts = re.fullmatch(r"([^@/]+)(?:@([^@/]+)|/(\d+))", named)
     if parts is None:
         raise ValueError(
@@ -90,18 +116,15 @@ def _model_run(client: MlflowClient, named: str) -> str:
         )
     model, alias, version = parts.groups()
     try:
-        found = (
-            client.get_model_version_by_alias(model, alias)
-            if alias
-            else client.get_model_version(model, version)
-        )
+        if alias:
+            return client.get_model_version_by_alias(model, alias)
+        return client.get_model_version(model, version)
     except MlflowException as error:
         known = ", ".join(sorted(m.name for m in client.search_registered_models())) or "none"
         raise ValueError(
             f"{MLFLOW}{named}: no such registered model, alias or version ({error.message}); "
             f"registered models: {known}"
         ) from error
-    return str(found.run_id)
 
 
 def _made_by(client: MlflowClient, run: Run, kind: str, name: str) -> str:

@@ -13,6 +13,8 @@ from components.folders import Artifact
 from components.lineage import Named
 from tasks.home import home
 
+BUNDLE = "sidflow.bundle"
+"""Tag of a logged model and of a registered version: fingerprint of the Bundle in it."""
 DIGEST = 16
 """Characters of a fingerprint that MLflow shows as the digest of a data set."""
 

@@ -77,6 +77,16 @@ def publish(artifact: Artifact, files: FileAccessProvider | None = None) -> str:
     return _uploaded[key]
 
 
+def fetch(address: str, files: FileAccessProvider | None = None) -> Path:
+    """Return a folder of this machine with what lies at an address, downloading it from a bucket."""
+    if not is_remote(address):
+        return local(address)
+    files = files or FlyteContextManager.current_context().file_access
+    copy = str(files.get_random_local_directory())
+    files.get_data(address, copy, is_multipart=True)
+    return Path(copy)
+
+
 def _signed(artifact: Artifact) -> Artifact:
     """Note the commit of the code with an artefact that does not know it."""
     return artifact.made_by(artifact.provenance.git or commit())

@@ -24,6 +24,8 @@ from components.metrics.figures import (
 )
 from components.metrics.lengths import lengths_differ, padded_codes
 from components.metrics.sids import CollisionConfig
+from components.pages.sids import collisions_page, sids_page
+from components.pages.training import training_page
 from components.tokenizers import sids as naming
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.prefixes import prefix_errors
@@ -32,11 +34,12 @@ from components.training.tokenizer import train_tokenizer
 from components.training.tokenizer_stage import TokenizerStage
 from tasks import runtime
 from tasks.checkpoints import resumable
+from tasks.decks import show
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("2", "name"))
+@task(**runtime.GPU, **runtime.DECK, cache=runtime.cached("2", "name"))
 def fit_tokenizer(
     embeddings: Annotated[ContentEmbeddings, by_content],
     split: Annotated[SequenceSplit, by_content],
@@ -57,15 +60,19 @@ def fit_tokenizer(
     with tracked(f"fit_tokenizer {name}".strip(), config, run_id, [embeddings, split]) as run:
         checkpoint = train_tokenizer(embeddings, config, run.log, *resumable(), split=split)
         run.finish_training(checkpoint.metrics)
+        kind = [("kind", config.model.kind)]
+        page = training_page("Tokenizer", run.history, checkpoint.metrics, checkpoint.steps, kind)
+        show(run, "Tokenizer", page)
         run.output(checkpoint)
         return checkpoint
 
 
-@task(**runtime.CPU, cache=runtime.cached("1", "name"))
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("2", "name"))
 def assign_sids(
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
     embeddings: Annotated[ContentEmbeddings, by_content],
     split: Annotated[SequenceSplit, by_content],
+    catalog: Annotated[ItemCatalog, by_content],
     config: SidConfig,
     run_id: str = "",
     name: str = "",
@@ -76,17 +83,20 @@ def assign_sids(
         tokenizer: Folder of a TokenizerCheckpoint.
         embeddings: Folder of the ContentEmbeddings to name.
         split: Folder of the SequenceSplit whose training events say how popular items are.
+        catalog: Folder of the ItemCatalog, for names on the deck.
         config: Rules, a YAML file or JSON. Keys: make keys SECTION=sids.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
         name: What to add to the name of this MLflow run, where a pipeline has several of the stage.
     """
-    with tracked(f"assign_sids {name}".strip(), config, run_id, [tokenizer, embeddings, split]) as run:
+    read = [tokenizer, embeddings, split, catalog]
+    with tracked(f"assign_sids {name}".strip(), config, run_id, read) as run:
         table = naming.assign(tokenizer, embeddings, config, split=split)
+        show(run, "SIDs", sids_page(table, catalog, split))
         run.output(table)
         return table
 
 
-@task(**runtime.CPU, cache=runtime.cached("2", "name"))
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("2", "name"))
 def analyze_collisions(
     name: str,
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
@@ -135,6 +145,7 @@ def analyze_collisions(
         if lengths_differ(report):
             run.figure("length_by_popularity", length_by_popularity(report))
         run.text("verdict.md", "\n".join([f"# {report.verdict}", *report.bands.values()]))
+        show(run, "Collisions", collisions_page(report, catalog))
         run.output(report)
         run.say(f"{report.verdict}, {report.figures['collision_rate']:.1%} of the items share their codes")
         collisions.gate(report, config)

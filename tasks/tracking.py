@@ -67,11 +67,17 @@ def fluent(run: "StageRun") -> Iterator[None]:
     """Make a run the active one, for the parts of MLflow that know no other way, and undo it afterwards."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+    with everywhere_one_store(), mlflow.start_run(run_id=run.run_id):
+        yield
+
+
+@contextmanager
+def everywhere_one_store() -> Iterator[None]:
+    """Tell the parts of MLflow that ask no client, as its registry does, where runs are kept; undo it afterwards."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(tracking_uri())
     try:
-        with mlflow.start_run(run_id=run.run_id):
-            yield
+        yield
     finally:
         mlflow.set_tracking_uri(before)
 

@@ -24,6 +24,7 @@ from components.artifacts import (
 from components.data.splits import SplitConfig, hold_out
 from components.embeddings import LsaConfig, fit_encoder
 from components.folders import ArtifactError, Provenance
+from components.recommenders.serving import training_popularity
 
 
 def _sids(codes: list[list[int]], suffix: list[int], **changes) -> SidTable:
@@ -214,6 +215,7 @@ def test_bundle_refuses_parts_of_different_runs(tiny) -> None:
         sids=tiny.sids,
         recommender=recommender,
         encoder=encoder,
+        popularity=training_popularity(tiny.split, tiny.catalog),
     )
     Bundle(**parts)
     other = dataclasses.replace(tiny.sids, suffix_size=40)
@@ -221,6 +223,33 @@ def test_bundle_refuses_parts_of_different_runs(tiny) -> None:
         Bundle(**parts | {"sids": other})
     with pytest.raises(ArtifactError, match="the SidTable came from tokenizer"):
         Bundle(**parts | {"tokenizer": dataclasses.replace(tiny.tokenizer, steps=99)})
+    shorter = dataclasses.replace(tiny.catalog, items=tiny.catalog.items.head(7))
+    with pytest.raises(ValueError, match="120 SIDs for 7 items"):
+        Bundle(**parts | {"catalog": shorter})
+
+
+def test_bundle_refuses_the_popularity_of_other_items(tiny) -> None:
+    recommender = RecommenderCheckpoint(
+        weights={"w": torch.ones(1)}, config={}, sids=tiny.sids.fingerprint, step=1, epoch=1, metrics={}
+    )
+    encoder = fit_encoder(tiny.catalog, LsaConfig(dim=16))
+    popularity = training_popularity(tiny.split, tiny.catalog)
+    wrong = {
+        "popularity of 119 items for 120 items": popularity.head(119),
+        "Bundle.popularity row 0: holds item 119, row number is item id": popularity.reverse(),
+        "Bundle.popularity: wants columns": popularity.with_columns(pl.col("events").cast(pl.Int64)),
+        "no item has a training event": popularity.with_columns(events=pl.lit(0, pl.UInt32)),
+    }
+    for said, frame in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            Bundle(
+                catalog=tiny.catalog,
+                tokenizer=tiny.tokenizer,
+                sids=tiny.sids,
+                recommender=recommender,
+                encoder=encoder,
+                popularity=frame,
+            )
 
 
 def test_a_bundle_keeps_its_parts_in_folders(tiny, tmp_path: Path) -> None:
@@ -233,6 +262,7 @@ def test_a_bundle_keeps_its_parts_in_folders(tiny, tmp_path: Path) -> None:
         sids=tiny.sids,
         recommender=recommender,
         encoder=fit_encoder(tiny.catalog, LsaConfig(dim=16)),
+        popularity=training_popularity(tiny.split, tiny.catalog),
     )
     bundle.save(tmp_path / "bundle")
     assert Bundle.load(tmp_path / "bundle").fingerprint == bundle.fingerprint

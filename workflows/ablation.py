@@ -219,6 +219,7 @@ def _start(first_arm: str, recipe: Recipe, data: Shared, made: Made) -> Start:
             tokenizer=tokenizer,
             embeddings=data.embeddings,
             split=data.split,
+            catalog=data.catalog,
             config=recipe.sids,
             run_id=data.run_id,
             name=name,
@@ -256,6 +257,7 @@ def _evaluate(name: str, recipe: Recipe, data: Shared, sids: Promise, recommende
         sids=sids,
         split=data.split,
         baselines=data.baselines,
+        catalog=data.catalog,
         config=recipe.evaluate,
         run_id=data.run_id,
     )

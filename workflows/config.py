@@ -8,6 +8,8 @@ from components.config import Config
 from components.data.ingest import IngestConfig
 from components.data.splits import SplitConfig
 from components.metrics.compare import CompareConfig
+from components.metrics.drift import DriftConfig
+from components.metrics.promotion import PromoteConfig
 from components.metrics.report import BASELINES, EvaluateConfig
 from components.metrics.sids import CollisionConfig
 from components.recommenders.exact import NOT_EXACT
@@ -49,6 +51,10 @@ class PipelineConfig(Config):
     """How methods are ranked and measured."""
     compare: CompareConfig = CompareConfig()
     """How methods are set side by side."""
+    drift: DriftConfig = DriftConfig()
+    """Limits beyond which codes no longer fit the items that came since they were learned."""
+    promote: PromoteConfig = PromoteConfig()
+    """Where models are registered, and what a new one must show to replace the champion."""
 
     @model_validator(mode="after")
     def _joint_fits_the_recommender(self) -> Self:

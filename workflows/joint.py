@@ -48,6 +48,7 @@ def joint(config: PipelineConfig) -> Comparison:
         sids=sids,
         split=named.split,
         baselines=trained.baselines,
+        catalog=named.catalog,
         config=config.evaluate,
         run_id=run_id,
     )
@@ -55,6 +56,7 @@ def joint(config: PipelineConfig) -> Comparison:
     model = log_model(
         name="joint",
         catalog=named.catalog,
+        split=named.split,
         encoder=named.encoder,
         tokenizer=tokenizer,
         sids=sids,

@@ -47,7 +47,12 @@ def name_items(config: Promise, run_id: Promise) -> Named:
     log, catalog, held, encoder, embeddings = read_data(config, run_id)
     tokenizer = fit_tokenizer(embeddings=embeddings, split=held, config=config.tokenizer, run_id=run_id)
     sids = assign_sids(
-        tokenizer=tokenizer, embeddings=embeddings, split=held, config=config.sids, run_id=run_id
+        tokenizer=tokenizer,
+        embeddings=embeddings,
+        split=held,
+        catalog=catalog,
+        config=config.sids,
+        run_id=run_id,
     )
     collisions = analyze_collisions(
         name="two-stage",
@@ -87,6 +92,7 @@ def train_and_evaluate(config: Promise, run_id: Promise, named: Named) -> Evalua
         sids=named.sids,
         split=named.split,
         baselines=baselines,
+        catalog=named.catalog,
         config=config.evaluate,
         run_id=run_id,
     )

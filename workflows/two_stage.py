@@ -24,6 +24,7 @@ def two_stage(config: PipelineConfig) -> Comparison:
     model = log_model(
         name="two-stage",
         catalog=named.catalog,
+        split=named.split,
         encoder=named.encoder,
         tokenizer=named.tokenizer,
         sids=named.sids,

@@ -1,10 +1,12 @@
 """From raw events and items to a log and a catalogue: unknown items, repeats, k-core, ids, order, text."""
 
+from datetime import datetime
 from typing import Literal
 
 import polars as pl
 
 from components.data.raw import ITEMS, DataError, items_of_events, natural_order
+from components.data.times import microseconds, moment
 
 TextField = Literal["title", "brand", "categories", "description"]
 
@@ -77,16 +79,47 @@ def settle_unknown(
     return known, items, len(strange)
 
 
+def events_before(events: pl.DataFrame, until: datetime | None, name: str) -> pl.DataFrame:
+    """Keep what had happened before a moment.
+
+    Parameters
+    ----------
+    events : pl.DataFrame
+        Columns of ``EVENTS``.
+    until : datetime, optional
+        The first moment that is left out, with a time zone; None keeps all.
+    name : str
+        Where the events stand, for messages.
+
+    Raises
+    ------
+    DataError
+        The events have no times, or none is so early.
+    """
+    if until is None or not len(events):
+        return events
+    if events["time_ms"].null_count():
+        raise DataError(f"{name}: until {until} needs times, and events have none; leave until out")
+    early = events.filter(pl.col("time_ms") * 1000 < microseconds(until))
+    if not len(early):
+        first = moment(events.select(pl.col("time_ms").min()).item() / 1000)
+        raise DataError(
+            f"{name}: no event before until, {until}; the first of {len(events)} is of {first}: choose a later day"
+        )
+    return early
+
+
 def first_of_repeats(events: pl.DataFrame) -> pl.DataFrame:
     """Keep of each user and item the first event by (time, place in the source), in that order."""
     return events.sort("time_ms", "order").unique(["user", "item"], keep="first", maintain_order=True)
 
 
-def k_core(events: pl.DataFrame, k: int) -> pl.DataFrame:
+def k_core(events: pl.DataFrame, k: int, known: pl.Series | None = None) -> pl.DataFrame:
     """Remove users and items with fewer than k events until none is left.
 
     The result is the largest part of the log in which every user and every item has k events: it depends
-    neither on the order of rows nor on whether users or items go first.
+    neither on the order of rows nor on whether users or items go first. Known items may have fewer: the result then
+    is the largest part in which every user has k events and every other item has.
 
     Parameters
     ----------
@@ -94,13 +127,16 @@ def k_core(events: pl.DataFrame, k: int) -> pl.DataFrame:
         Columns ``user`` and ``item`` of any type, and others that are carried along.
     k : int
         Least number of events; 0 and 1 remove nothing.
+    known : series, optional
+        Items that few events do not remove.
 
     Returns
     -------
     pl.DataFrame
         The rows that stay, in their order; may be empty.
     """
-    enough = (pl.len().over("user") >= k) & (pl.len().over("item") >= k)
+    is_known = pl.lit(False) if known is None else pl.col("item").is_in(known.implode())
+    enough = (pl.len().over("user") >= k) & (is_known | (pl.len().over("item") >= k))
     while True:
         kept = events.filter(enough)
         if len(kept) == len(events):
@@ -108,7 +144,9 @@ def k_core(events: pl.DataFrame, k: int) -> pl.DataFrame:
         events = kept
 
 
-def check_core(core: pl.DataFrame, events: pl.DataFrame, k: int, name: str) -> None:
+def check_core(
+    core: pl.DataFrame, events: pl.DataFrame, k: int, name: str, known: pl.Series | None = None
+) -> None:
     """Refuse an empty k-core, saying what the log had and which k would leave something.
 
     Raises
@@ -121,10 +159,10 @@ def check_core(core: pl.DataFrame, events: pl.DataFrame, k: int, name: str) -> N
     if not len(events):
         raise DataError(f"{name}: no events; nothing is left to learn from")
     users, items = events["user"].n_unique(), events["item"].n_unique()
-    largest = next(j for j in range(k - 1, 0, -1) if len(k_core(events, j)))
+    largest = next(j for j in range(k - 1, 0, -1) if len(k_core(events, j, known)))
     raise DataError(
         f"{name}: k_core {k} leaves 0 of {len(events)} events ({users} users, {items} items); the largest k "
-        f"that leaves any is {largest}, with {len(k_core(events, largest))} events; lower k_core"
+        f"that leaves any is {largest}, with {len(k_core(events, largest, known))} events; lower k_core"
     )
 
 
@@ -173,7 +211,11 @@ def order_events(events: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame)
 
 
 def describe_items(
-    items: pl.DataFrame, fields: list[TextField], name: str, empty_text: Literal["fail", "keep"]
+    items: pl.DataFrame,
+    fields: list[TextField],
+    name: str,
+    empty_text: Literal["fail", "keep"],
+    first_id: int = 0,
 ) -> pl.DataFrame:
     """Number the items in their order and join their fields to one text.
 
@@ -187,6 +229,8 @@ def describe_items(
         Where the items stand, for messages.
     empty_text : {"fail", "keep"}
         Refuse items of which nothing is known, or give them an empty text.
+    first_id : int
+        Number of the first item.
 
     Returns
     -------
@@ -201,7 +245,7 @@ def describe_items(
     parts = [pl.col(f).list.join(", ") if ITEMS[f] == pl.List(pl.String) else pl.col(f) for f in fields]
     filled = [part.str.strip_chars().replace("", None) for part in parts]
     described = items.select(
-        pl.int_range(pl.len(), dtype=pl.UInt32).alias("item_id"),
+        pl.int_range(first_id, first_id + pl.len(), dtype=pl.UInt32).alias("item_id"),
         "raw_id",
         "title",
         "brand",

@@ -1,32 +1,66 @@
-"""Hold out the last events of each user for validation and test, and the latest items from training."""
+"""Hold out the last events of each user, or what followed a moment, and the latest items from training."""
 
-from typing import Literal
+from datetime import datetime, timedelta
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.artifacts import COLD, InteractionLog, ItemCatalog, SequenceSplit
 from components.config import Config, require
+from components.data.growth import newcomers
 from components.data.raw import DataError
+from components.data.times import Moment, microseconds, moment
 from components.folders import ArtifactError, Provenance
 
 
 class SplitConfig(Config):
     """What is held out."""
 
-    protocol: Literal["leave_one_out", "last_basket"] = "leave_one_out"
-    """Hold out the last event (test) and the last but one (valid), or the first events of the last two
-    baskets, where a basket is all events of a user at one time."""
+    protocol: Literal["leave_one_out", "last_basket", "by_time"] = "leave_one_out"
+    """Hold out the last event (test) and the last but one (valid); or the first events of the last two
+    baskets, where a basket is all events of a user at one time; or each user's first event in a test and a validation
+    window, train on what was before both, and forget what came after."""
     max_history: int = Field(default=50, ge=1)
     """Most recent events kept of a history in valid and test; training sequences are cut in batches only."""
     cold_share: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of the catalogue, the items that appear last in the log (one at least), that training and validation never
     meet and test does. Needs times; 0: none."""
+    until: Moment | None = None
+    """by_time: end of the test window; events at or after it are nowhere. A date is its midnight; without a time zone,
+    UTC; null: right after the last event of the log."""
+    test_days: float = Field(default=7.0, gt=0, le=36_500)
+    """by_time: length of the test window, in days."""
+    valid_days: float = Field(default=7.0, gt=0, le=36_500)
+    """by_time: length of the validation window, which ends where the test window begins, in days."""
+
+    @model_validator(mode="after")
+    def _windows_are_read(self) -> Self:
+        of_windows = [name for name in ("until", "test_days", "valid_days") if self._is_set(name)]
+        if of_windows and self.protocol != "by_time":
+            raise ValueError(
+                f"{of_windows[0]} says where a window of by_time lies, and protocol is {self.protocol}: set protocol "
+                f"to by_time, or leave {', '.join(of_windows)} out"
+            )
+        return self
+
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != SplitConfig.model_fields[name].default)
 
 
-def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> SequenceSplit:
+class Windows(NamedTuple):
+    """Three moments: validation is from the first until before the second, test from there until before the third."""
+
+    valid: datetime
+    test: datetime
+    end: datetime
+
+
+def hold_out(
+    log: InteractionLog, catalog: ItemCatalog, config: SplitConfig, known: ItemCatalog | None = None
+) -> SequenceSplit:
     """Split a log into training sequences and held-out targets.
 
     Of a user's sequence v with n events, ``leave_one_out`` gives v[:n-2] for training, (v[:n-2], v[n-2]) for
@@ -35,14 +69,23 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
     one; a user of two baskets is tested on the second and has no validation row. Other users with fewer than
     three events, or two baskets, are in training only, with their whole sequence.
 
+    ``by_time`` trains on the events before the validation window. The target of either window is a user's first event
+    inside it, its history all events of the user before, in test thus those of the validation window too. A user
+    without events before the target has no row there. It holds out what the other protocols do not: what anybody did
+    after validation began, and with it which items appeared and became popular then. Training with ``leave_one_out``
+    knows that, as it ends for each user at another moment. What ingestion learned from the whole log it holds out as
+    little: who passed the k-core, and the texts of items that appeared later.
+
     With ``cold_share`` the items whose first event in the log is latest, ties by item id, are cold; items of the
     catalogue without any event are not among them. Training sequences
     and validation histories leave their events out; a row of which nothing is left, and a validation row with a cold
-    target, is dropped. Test rows stay as they are: in production a new item stands in histories too.
+    target, is dropped. Test rows stay as they are: in production a new item stands in histories too. With ``known`` the
+    cold items are the newcomers, which ``catalog`` has and the catalogue that it grew from has not, with or without
+    events: test then says how well new items are recommended, and old ones beside them.
 
     What is learned from interactions has not met a cold item. It is still not what was known on the day such an item
-    appeared: a warm event stays in training if it is later than cold ones, even of the same user, and the content
-    encoder may have been fitted to the texts of all items.
+    appeared: except with ``by_time`` a warm event stays in training if it is later than cold ones, even of the same
+    user, and the content encoder may have been fitted to the texts of all items.
 
     Parameters
     ----------
@@ -52,6 +95,8 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
         The items they point to.
     config : SplitConfig
         Protocol, history cap and share of cold items.
+    known : ItemCatalog, optional
+        The catalogue that ``catalog`` grew from.
 
     Returns
     -------
@@ -61,10 +106,12 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
     Raises
     ------
     ValueError
-        The log has an item that the catalogue lacks.
+        The log has an item that the catalogue lacks, or both ``known`` and ``cold_share`` say which items are cold.
+    ArtifactError
+        ``catalog`` did not grow from ``known``.
     DataError
-        No user has three events (or baskets), none of them is left for validation without the cold items, or baskets
-        or cold items are asked of a log without times.
+        No user has three events (or baskets), a window has no target, none is left for validation without the cold
+        items, or baskets, windows or cold items are asked of a log without times.
 
     References
     ----------
@@ -76,15 +123,17 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
         f"hold_out: the log has item {highest}, the catalogue {catalog.num_items} items; "
         "take both from one ingestion",
     )
-    cold = _latest_items(log, config.cold_share, catalog.num_items)
-    cuts = _last_baskets(log) if config.protocol == "last_basket" else _last_events(log)
-    if not cuts["valid_at"].count():
-        unit = "baskets" if config.protocol == "last_basket" else "events"
-        raise DataError(f"hold_out: none of {len(cuts)} users has 3 {unit}; there is nothing to hold out")
+    require(
+        known is None or not config.cold_share,
+        f"hold_out: cold items are those newer than the known catalogue, or the latest {config.cold_share:g} of all; "
+        "set cold_share to 0, or give no known catalogue",
+    )
+    cuts = _cut(log, config)
+    cold = newcomers(catalog, known) if known else _latest_items(log, config, catalog.num_items)
     items, warm = pl.col("items"), ~pl.col("item_id").is_in(cold["item_id"].implode())
-    end = pl.coalesce("valid_at", "test_at", items.list.len())
     train = (
-        cuts.select("user_id", item_id=items.list.head(end))
+        cuts.filter(pl.col("train_end") > 0)
+        .select("user_id", item_id=items.list.head("train_end"))
         .explode("item_id")
         .filter(warm)
         .group_by("user_id", maintain_order=True)
@@ -98,9 +147,10 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
         .select("user_id", history=pl.col("sequence").list.tail(config.max_history), target="item_id")
     )
     if valid.is_empty():
+        which = "newcomers" if known else f"cold_share {config.cold_share:g}"
+        remedy = "let validation begin earlier" if known else "lower cold_share"
         raise DataError(
-            f"hold_out: with cold_share {config.cold_share:g} no user has both a warm event to train on and a warm one "
-            "to validate on; lower cold_share"
+            f"hold_out: with {which} no user has both a warm event to train on and a warm one to validate on; {remedy}"
         )
     split = SequenceSplit(
         train=train,
@@ -116,20 +166,25 @@ def hold_out(log: InteractionLog, catalog: ItemCatalog, config: SplitConfig) -> 
         log=log.fingerprint,
         catalog=catalog.fingerprint,
         provenance=Provenance(
-            config=config.model_dump(),
-            parents={"InteractionLog": log.fingerprint, "ItemCatalog": catalog.fingerprint},
+            config=config.model_dump(mode="json"),
+            parents={"InteractionLog": log.fingerprint, "ItemCatalog": catalog.fingerprint}
+            | ({"known ItemCatalog": known.fingerprint} if known else {}),
         ),
     )
     check_no_leak(log, split)
     return split
 
 
-def _latest_items(log: InteractionLog, share: float, num_items: int) -> pl.DataFrame:
-    """Return the items that appear last, ascending."""
+def _latest_items(log: InteractionLog, config: SplitConfig, num_items: int) -> pl.DataFrame:
+    """Return the items that appear last, ascending; by_time does not know those that appear after its end."""
+    share = config.cold_share
     if not share:
         return COLD.to_frame()
     _need_times(log, f"cold_share {share:g}", "set cold_share to 0")
-    first = log.events.group_by("item_id").agg(pl.col("timestamp").min()).sort("timestamp", "item_id")
+    events = log.events
+    if config.protocol == "by_time":
+        events = events.filter(_time() < microseconds(_windows(log, config).end))
+    first = events.group_by("item_id").agg(pl.col("timestamp").min()).sort("timestamp", "item_id")
     return first.tail(max(1, round(share * num_items))).select("item_id").sort("item_id")
 
 
@@ -139,6 +194,29 @@ def _need_times(log: InteractionLog, setting: str, remedy: str) -> None:
         raise DataError(
             f"hold_out: {setting} needs times, {unknown} of {len(log.events)} events have none; {remedy}"
         )
+
+
+def _cut(log: InteractionLog, config: SplitConfig) -> pl.DataFrame:
+    """Say of every user where training ends and where the targets stand.
+
+    Returns
+    -------
+    pl.DataFrame
+        ``user_id``, all ``items``, ``train_end``: number of events to train on; ``valid_at``, ``test_at``: position of
+        the target, or null.
+
+    Raises
+    ------
+    DataError
+        Nobody has a target.
+    """
+    if config.protocol == "by_time":
+        return _first_in_windows(log, _windows(log, config))
+    cuts = _last_baskets(log) if config.protocol == "last_basket" else _last_events(log)
+    if not cuts["valid_at"].count():
+        unit = "baskets" if config.protocol == "last_basket" else "events"
+        raise DataError(f"hold_out: none of {len(cuts)} users has 3 {unit}; there is nothing to hold out")
+    return cuts.with_columns(train_end=pl.coalesce("valid_at", "test_at", pl.col("items").list.len()))
 
 
 def _last_events(log: InteractionLog) -> pl.DataFrame:
@@ -170,12 +248,55 @@ def _last_baskets(log: InteractionLog) -> pl.DataFrame:
     )
 
 
+def _time() -> pl.Expr:
+    """Read an event's time in microseconds, as whole numbers that compare exactly."""
+    return pl.col("timestamp") * 1_000_000
+
+
+def _windows(log: InteractionLog, config: SplitConfig) -> Windows:
+    """Lay the windows one before the other, back from the end."""
+    _need_times(log, "by_time", "use leave_one_out")
+    end = config.until or moment(log.events.select(pl.col("timestamp").max() + 1).item())
+    test = end - timedelta(days=config.test_days)
+    return Windows(test - timedelta(days=config.valid_days), test, end)
+
+
+def _first_in_windows(log: InteractionLog, windows: Windows) -> pl.DataFrame:
+    """Cut as ``_cut`` says, without events at or after the end; a target has an event of its user before it."""
+    valid, test, end = map(microseconds, windows)
+    cuts = (
+        log.events.filter(_time() < end)
+        .group_by("user_id", maintain_order=True)
+        .agg(items="item_id", train_end=(_time() < valid).sum(), before_test=(_time() < test).sum())
+        .with_columns(
+            valid_at=_inside("train_end", pl.col("before_test")),
+            test_at=_inside("before_test", pl.col("items").list.len()),
+        )
+    )
+    for name, begins, ends in (("valid", windows.valid, windows.test), ("test", windows.test, windows.end)):
+        if not cuts[f"{name}_at"].count():
+            times = log.events.select(first=pl.col("timestamp").min(), last=pl.col("timestamp").max())
+            first, last = map(moment, times.row(0))
+            raise DataError(
+                f"hold_out: no user has an event in the {name} window, from {begins} until before {ends}, and another "
+                f"before it; the log runs from {first} to {last}: change until, test_days or valid_days"
+            )
+    return cuts
+
+
+def _inside(position: str, end: pl.Expr) -> pl.Expr:
+    """Read a position that is neither the user's first nor beyond the end, else null."""
+    return pl.when(pl.col(position).is_between(0, end, closed="none")).then(position)
+
+
 def check_no_leak(log: InteractionLog, split: SequenceSplit) -> None:
     """Check against the log that no history and no training sequence knows its target or anything after it.
 
     A training sequence must be the beginning of a user's warm events, which are all where the split has no cold items;
     among these the valid target stands right after it. The test target stands later, among all events. A history is
-    what stands right before its target. With ``last_basket`` the target's time is later than its history's.
+    what stands right before its target. With ``last_basket`` and ``by_time`` the target's time is later than its
+    history's. With ``by_time`` this holds between users too: all of training is before every validation target, and
+    these are before every test target.
 
     Raises
     ------
@@ -200,11 +321,20 @@ def check_no_leak(log: InteractionLog, split: SequenceSplit) -> None:
     _refuse(
         split.valid.join(valid, on="user_id", how="anti"), "valid: does not follow on the training events in"
     )
+    if split.protocol == "by_time":
+        late = warm.join(ends, on="user_id").filter(
+            pl.col("known") < pl.col("train_end"), pl.col("timestamp") >= valid["timestamp"].min()
+        )
+        _refuse(
+            late.unique("user_id", maintain_order=True), "train: is not all before the first valid target, in"
+        )
     # With a validation row its target lies between the training events and the test target.
     validated = pl.col("user_id").is_in(split.valid["user_id"].implode())
     test = _target_places(events, ends, split.test, split.protocol).filter(
         pl.col("known") >= pl.col("train_end") + validated.cast(pl.Int64)
     )
+    if split.protocol == "by_time":
+        test = test.filter(pl.col("timestamp") > valid["timestamp"].max())
     _refuse(
         split.test.join(test, on="user_id", how="anti"),
         "test: history and target do not follow on one another in",
@@ -228,7 +358,7 @@ def _target_places(
         .with_columns(pl.col("train_end").fill_null(0))  # all that could be trained on was cold
         .filter(before == pl.col("history"))
     )
-    return met.filter(pl.col("waited") > 0) if protocol == "last_basket" else met
+    return met if protocol == "leave_one_out" else met.filter(pl.col("waited") > 0)
 
 
 def _refuse(wrong: pl.DataFrame, rule: str) -> None:

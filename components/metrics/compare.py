@@ -156,34 +156,40 @@ def markdown_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) ->
 
 
 def html_table(comparison: Comparison, metrics: Sequence[str] = HEADLINE) -> str:
-    """Lay the comparison out as an HTML fragment with its own styles, for a page that has none."""
+    """Lay the comparison out as an HTML fragment with its own styles, for a page that has none.
+
+    Ink and rules are those of the page around it, light or dark; the best cells have the class ``best``, by which a
+    dark page gives them a lighter green.
+    """
     wide = _wide(comparison, metrics)
     columns = wide.columns[2:]
     number = "padding:4px 14px;text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap"
     name = "padding:4px 14px 4px 0;text-align:left"
     head = "".join(
-        f'<th style="{number if i else name};border-bottom:2px solid #333">{escape(title)}</th>'
+        f'<th style="{number if i else name};border-bottom:2px solid">{escape(title)}</th>'
         for i, title in enumerate(["method", *columns])
     )
+    best = ' class="best"'
     body = []
     for block in blocks_of(wide["seen"]):
         body.append(
-            f'<tr><td colspan="{len(columns) + 1}" style="padding:12px 0 3px;color:#555;font-style:italic;'
-            f'border-bottom:1px solid #ccc">{escape(TITLES[block])}</td></tr>'
+            f'<tr><td colspan="{len(columns) + 1}" style="padding:12px 0 3px;font-style:italic;'
+            f'border-bottom:1px solid">{escape(TITLES[block])}</td></tr>'
         )
         for row in wide.filter(pl.col("seen") == block).iter_rows(named=True):
             cells = "".join(
-                f'<td style="{number}{";font-weight:600;color:#00684a" if row[m]["best"] else ""}">'
+                f'<td{best if row[m]["best"] else ""} style="{number}'
+                f'{";font-weight:600;color:#00684a" if row[m]["best"] else ""}">'
                 f"{short(row[m]['value'])}"
-                f'<span style="color:#777;font-weight:400;font-size:85%"> {_interval(row[m])}</span></td>'
+                f'<span style="font-weight:400;font-size:85%"> {_interval(row[m])}</span></td>'
                 for m in columns
             )
             body.append(f'<tr><td style="{name}">{escape(row["method"])}</td>{cells}</tr>')
     apart = " The two blocks do not compare with one another." if len(blocks_of(wide["seen"])) > 1 else ""
     return (
-        '<table style="border-collapse:collapse;font:14px/1.4 system-ui,sans-serif;color:#222">'
+        '<table style="border-collapse:collapse;font:14px/1.4 system-ui,sans-serif;color:inherit">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        '<p style="font:12px system-ui,sans-serif;color:#777">Value and 95 % interval over test users; '
+        '<p style="font:12px system-ui,sans-serif">Value and 95 % interval over test users; '
         f"best of its block in green.{COLD_MEANING if COLD in columns else ''}{apart}</p>"
     )
 

@@ -36,7 +36,8 @@ class AssignmentRule(Config):
 
     assignment: Literal["nearest", "sinkhorn"] = "nearest"
     """nearest: each item the nearest codeword, level by level. sinkhorn: all items together, each code about
-    equally often; fewer collisions, but codes depend on the other items and differ from the nearest."""
+    equally often; fewer collisions, but codes depend on the other items and differ from the nearest. Where a
+    table is extended, newcomers take the nearest: to balance all would rename the others."""
     epsilon: float = Field(0.003, gt=0)
     """Only for sinkhorn: entropy weight relative to half the range of the distances."""
     iterations: int = Field(50, ge=1)
@@ -130,8 +131,21 @@ def assign(
 
 
 @torch.no_grad()
-def name_items(tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, rule: AssignmentRule) -> Tensor:
+def name_items(
+    tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, rule: AssignmentRule, shortest: int = 1
+) -> Tensor:
     """Return the codes (N, T) long of all items, -1 behind the last code of a name that stops early.
+
+    Parameters
+    ----------
+    tokenizer : RqVae, RkMeans or Dvae
+        What names them.
+    x_ND : Tensor
+        Content vectors.
+    rule : AssignmentRule
+        How they get their codes.
+    shortest : int
+        Least number of codes, for a dvae: a name that would stop before goes on to so many.
 
     Raises
     ------
@@ -145,7 +159,7 @@ def name_items(tokenizer: RqVae | RkMeans | Dvae, x_ND: Tensor, rule: Assignment
             check_assignment(rule)
             names = tokenizer.names(x_ND)
             at_T = torch.arange(names.codes.shape[1], device=names.codes.device)
-            reached = at_T < tokenizer.lengths(names, rule.length)[:, None]
+            reached = at_T < tokenizer.lengths(names, rule.length).clamp(min=shortest)[:, None]
             return names.codes.masked_fill(~reached, -1)
 
 
@@ -212,21 +226,37 @@ def codes_to_table(
     ValueError
         ``previous`` is of another shape.
     """
-    frame = pl.DataFrame({"codes": codes_NL.cpu().numpy()}).select(
-        pl.int_range(pl.len(), dtype=pl.UInt32).alias("item_id"),
-        pl.col("codes").arr.to_list().list.filter(pl.element() >= 0).cast(pl.List(pl.UInt16)),
-    )
+    frame = code_lists(codes_NL)
     _check_room(frame, suffix_size)
-    suffixed = (
-        _dense(frame, counts_N) if previous is None else _stable(frame, previous, codebook_sizes, suffix_size)
-    )
+    if previous is None:
+        codes = _dense(frame, counts_N).select(pl.col(name).cast(kind) for name, kind in SCHEMA.items())
+    else:
+        codes = keep_suffixes(frame, previous, codebook_sizes, suffix_size)
     return SidTable(
-        codes=suffixed.select(item_id="item_id", codes="codes", suffix=pl.col("suffix").cast(pl.UInt16)),
+        codes=codes,
         codebook_sizes=list(codebook_sizes),
         suffix_size=suffix_size,
         shared=shared,
         tokenizer=tokenizer,
     )
+
+
+def code_lists(codes_NL: Tensor, first: int = 0) -> pl.DataFrame:
+    """Return codes (N, L), -1 behind the end of a shorter name, as a frame item_id, codes; ids count from ``first``."""
+    return pl.DataFrame({"codes": codes_NL.cpu().numpy()}).select(
+        pl.int_range(first, first + pl.len(), dtype=pl.UInt32).alias("item_id"),
+        pl.col("codes").arr.to_list().list.filter(pl.element() >= 0).cast(pl.List(pl.UInt16)),
+    )
+
+
+def padded_codes(table: SidTable) -> Tensor:
+    """Return the content codes of every item, (N, L) long, -1 where it has fewer than L."""
+    codes = pl.col("codes").list
+    columns = [
+        codes.get(level, null_on_oob=True).cast(pl.Int64).fill_null(-1).alias(str(level))
+        for level in range(len(table.codebook_sizes))
+    ]
+    return torch.from_numpy(table.codes.select(columns).to_numpy(writable=True))
 
 
 def _check_room(frame: pl.DataFrame, suffix_size: int) -> None:
@@ -248,9 +278,30 @@ def _dense(frame: pl.DataFrame, counts_N: Tensor | None) -> pl.DataFrame:
     return ranked.with_columns(suffix=pl.col("rank").rank("ordinal").over("codes").cast(pl.Int64) - 1)
 
 
-def _stable(
+def keep_suffixes(
     frame: pl.DataFrame, previous: SidTable, codebook_sizes: list[int], suffix_size: int
 ) -> pl.DataFrame:
+    """Close codes with suffixes beside an earlier table: who keeps codes keeps the suffix, others take the lowest free.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        item_id, codes of all items; no more than ``suffix_size`` of them share their codes.
+    previous : SidTable
+        The table before, of the first of these items or of all.
+    codebook_sizes, suffix_size
+        Of the table that is to be made.
+
+    Returns
+    -------
+    DataFrame
+        As ``SidTable.codes``.
+
+    Raises
+    ------
+    ValueError
+        ``previous`` is of another shape, or has more items.
+    """
     if (previous.codebook_sizes, previous.suffix_size) != (list(codebook_sizes), suffix_size):
         raise ValueError(
             f"the previous table has codebooks {previous.codebook_sizes} and suffix_size "
@@ -277,9 +328,8 @@ def _stable(
     )
     merged = pl.concat([kept, newcomers]).sort("codes", "free", "newcomer", "item_id")
     skipped = (~pl.col("newcomer")).cast(pl.Int64).cum_sum().over("codes")
-    return merged.with_columns(suffix=pl.col("old").cast(pl.Int64).fill_null(pl.col("free") + skipped)).sort(
-        "item_id"
-    )
+    suffixed = merged.with_columns(suffix=pl.col("old").cast(pl.Int64).fill_null(pl.col("free") + skipped))
+    return suffixed.sort("item_id").select(pl.col(name).cast(kind) for name, kind in SCHEMA.items())
 
 
 def space_of(table: SidTable) -> SymbolSpace:

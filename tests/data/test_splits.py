@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,7 @@ from components.config import load_preset
 from components.data.ingest import IngestConfig, Ingested, ingest
 from components.data.raw import DataError
 from components.data.splits import SplitConfig, check_no_leak, hold_out
+from components.folders import ArtifactError
 from workflows.config import AblationConfig
 
 LAW = settings(max_examples=20, deadline=None)
@@ -151,6 +153,86 @@ def test_cold_items_are_the_latest_and_test_alone_meets_them(
     assert (rows(split.train), rows(split.valid), rows(split.test)) == (train, valid, test)
 
 
+def seconds(number: float) -> float:
+    return number / 86_400
+
+
+def at(second: int) -> datetime:
+    return datetime.fromtimestamp(second, UTC)
+
+
+def clocked(users: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """Each user's events as (item, time)."""
+    return [
+        [(item, sum(w for _, w in events[: at + 1])) for at, (item, _) in enumerate(events)]
+        for events in users
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    USERS,
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.none() | st.integers(3, 16),
+    st.sampled_from(["none", "latest", "newcomers"]),
+    st.booleans(),
+)
+def test_by_time_is_the_naive_split(
+    users, cap: int, test_s: int, valid_s: int, until: int | None, colds: str, filled: bool
+) -> None:
+    """Row by row: first events in two windows, and nothing after the end; with and without cold items."""
+    if filled:  # every window has a target
+        users = [*users, [(0, 1)] * 16]
+    log, catalog = logged(users)
+    walks = clocked(users)
+    end = max(time for walk in walks for _, time in walk) + 1 if until is None else until
+    walks = [[event for event in walk if event[1] < end] for walk in walks]
+    test_at, valid_at = end - test_s, end - test_s - valid_s
+    first = {
+        item: min(t for w in walks for i, t in w if i == item) for item in {i for w in walks for i, _ in w}
+    }
+    latest = sorted(first, key=lambda item: (first[item], item))[-1:]
+    cold = {"none": [], "latest": latest, "newcomers": [4, 5]}[colds]
+    train, valid, test, targets = {}, {}, {}, 0
+    for user, walk in enumerate(walks):
+        before = [item for item, time in walk if time < valid_at]
+        inside = [item for item, time in walk if valid_at <= time < test_at]
+        late = [item for item, time in walk if test_at <= time]
+        warm = [item for item in before if item not in cold]
+        if warm:
+            train[user] = (warm,)
+        targets += bool(before and inside)
+        if warm and inside and inside[0] not in cold:
+            valid[user] = (warm[-cap:], inside[0])
+        if before + inside and late:
+            test[user] = ((before + inside)[-cap:], late[0])
+    config = SplitConfig(
+        protocol="by_time",
+        max_history=cap,
+        cold_share=0.1 if colds == "latest" else 0,
+        until=None if until is None else at(until),
+        test_days=seconds(test_s),
+        valid_days=seconds(valid_s),
+    )
+    known = ItemCatalog(items=catalog.items.head(4)) if colds == "newcomers" else None
+    if not (valid and test):
+        which = (
+            "in the valid window"
+            if not targets
+            else "in the test window"
+            if not test
+            else f"with {colds}|cold_share"
+        )
+        with pytest.raises(DataError, match=which):
+            hold_out(log, catalog, config, known)
+        return
+    split = hold_out(log, catalog, config, known)
+    assert split.cold["item_id"].to_list() == sorted(cold)
+    assert (rows(split.train), rows(split.valid), rows(split.test)) == (train, valid, test)
+
+
 @LAW
 @given(USERS, st.sampled_from(["leave_one_out", "last_basket"]), st.data())
 def test_a_history_that_knows_its_target_is_refused(users, protocol: str, data) -> None:
@@ -243,6 +325,94 @@ def test_cold_items_need_times() -> None:
         hold_out(log, catalog, SplitConfig(cold_share=0.2))
 
 
+@pytest.fixture
+def crossing() -> Ingested:
+    """Training ends before 10, validation before 20: users 0 and 1 cross both, user 2 comes back in test only."""
+    return logged(
+        [
+            [(0, 1), (1, 2), (2, 9), (3, 9)],
+            [(1, 5), (2, 6), (3, 4), (4, 8)],
+            [(3, 4), (0, 4), (5, 14), (4, 0)],
+        ]
+    )
+
+
+WINDOWS = SplitConfig(protocol="by_time", until=at(30), test_days=seconds(10), valid_days=seconds(10))
+
+
+def test_leaks_between_users_are_refused(crossing: Ingested) -> None:
+    log, catalog = crossing
+    split = hold_out(log, catalog, WINDOWS)
+    assert rows(split.train) == {0: ([0, 1],), 1: ([1],), 2: ([3, 0],)}
+    assert rows(split.valid) == {0: ([0, 1], 2), 1: ([1], 2)}
+    assert rows(split.test) == {0: ([0, 1, 2], 3), 1: ([1, 2, 3], 4), 2: ([3, 0], 5)}
+    check_no_leak(log, split)
+    # What user 2 did in the test window, after the others' targets.
+    with pytest.raises(
+        DataError, match="train: is not all before the first valid target, in the log of user 2 "
+    ):
+        check_no_leak(log, changed(split, "train", "sequence", [[0, 1], [1], [3, 0, 5]]))
+    # A test target out of the validation window, before another user's validation target.
+    only = dataclasses.replace(split, valid=split.valid.filter(pl.col("user_id") == 0))
+    early = changed(changed(only, "test", "history", [[0, 1, 2], [1], [3, 0]]), "test", "target", [3, 2, 5])
+    with pytest.raises(DataError, match="test: history and target do not follow .* user 1 "):
+        check_no_leak(log, early)
+    # A history from the moment of its target.
+    basket = changed(
+        changed(split, "test", "history", [[0, 1, 2], [1, 2, 3], [0, 5]]), "test", "target", [3, 4, 4]
+    )
+    with pytest.raises(DataError, match="test: history and target do not follow .* user 2 "):
+        check_no_leak(log, basket)
+    # The last events of every user, as if they were split by time.
+    with pytest.raises(DataError, match="test: history and target do not follow"):
+        check_no_leak(log, dataclasses.replace(hold_out(log, catalog, SplitConfig()), protocol="by_time"))
+
+
+def test_an_empty_window_says_where_the_log_lies(crossing: Ingested) -> None:
+    late = WINDOWS.model_copy(update={"until": at(300)})
+    wanted = (
+        r"in the valid window, from 1970-01-01 00:04:40\+00:00 until before 1970-01-01 00:04:50\+00:00, .*"
+        r"the log runs from 1970-01-01 00:00:01\+00:00 to 1970-01-01 00:00:23\+00:00: change until, test_days or"
+    )
+    with pytest.raises(DataError, match=wanted):
+        hold_out(*crossing, late)
+
+
+@pytest.mark.parametrize("setting", [{"until": "2011-10-01"}, {"test_days": 3}, {"valid_days": 3}])
+def test_windows_of_another_protocol_are_refused(setting: dict) -> None:
+    for protocol in ("leave_one_out", "last_basket"):
+        with pytest.raises(
+            ValueError, match=f"by_time lies, and protocol is {protocol}: set protocol to by_time, or"
+        ):
+            SplitConfig(protocol=protocol, **setting)
+    config = SplitConfig(protocol="by_time", **setting)
+    assert SplitConfig.model_validate_json(config.model_dump_json()) == config
+    assert SplitConfig.model_validate(SplitConfig().model_dump()) == SplitConfig()
+
+
+def test_windows_need_times() -> None:
+    log, catalog = logged([[(0, 1), (1, 1), (2, 1)]], timed=False)
+    with pytest.raises(DataError, match="by_time needs times, 3 of 3 events have none; use leave_one_out"):
+        hold_out(log, catalog, SplitConfig(protocol="by_time"))
+
+
+def test_newcomers_and_a_share_are_not_cold_at_once(met_late: Ingested) -> None:
+    log, catalog = met_late
+    known = ItemCatalog(items=catalog.items.head(5))
+    split = hold_out(log, catalog, SplitConfig(), known)
+    assert split.cold["item_id"].to_list() == [5]
+    assert split.provenance.parents["known ItemCatalog"] == known.fingerprint
+    with pytest.raises(ValueError, match="newer than the known catalogue, or the latest 0.1 of all"):
+        hold_out(log, catalog, SplitConfig(cold_share=0.1), known)
+    with pytest.raises(ArtifactError, match="did not grow from"):
+        hold_out(
+            log,
+            catalog,
+            SplitConfig(),
+            ItemCatalog(items=catalog.items.head(5).with_columns(text=pl.lit("y"))),
+        )
+
+
 def test_no_target_shares_its_time_with_a_history_of_baskets() -> None:
     log, catalog = logged([[(0, 1), (1, 1), (2, 1), (3, 0)]])
     split = hold_out(log, catalog, SplitConfig(protocol="last_basket"))
@@ -299,6 +469,19 @@ def test_the_last_twentieth_of_the_shop_is_a_fifteenth_of_its_test_targets() -> 
     first = log.events.group_by("item_id").agg(pl.col("timestamp").min())
     is_cold = first["item_id"].is_in(cold.implode())
     assert first.filter(is_cold)["timestamp"].min() >= first.filter(~is_cold)["timestamp"].max()
+
+
+def test_the_shop_by_time_keeps_training_in_the_past_and_newcomers_for_test() -> None:
+    old = ingest(IngestConfig(until="2011-10-01"))
+    log, catalog = ingest(IngestConfig(), old.catalog)
+    last = log.events["timestamp"].max()
+    split = hold_out(log, catalog, SplitConfig(protocol="by_time"))
+    early = log.events.filter(pl.col("timestamp") < last + 1 - 14 * 86_400)
+    assert split.train["sequence"].list.len().sum() == len(early)
+    assert (len(split.train), len(split.valid), len(split.test)) == (3965, 359, 385)
+    new = hold_out(log, catalog, SplitConfig(protocol="by_time"), old.catalog)
+    assert new.test.equals(split.test)
+    assert (len(new.cold), (new.test["target"] >= old.catalog.num_items).sum()) == (385, 88)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def evaluated(tiny, baselines, config: EvaluateConfig, ways: RankFns) -> Evaluat
             sids=tiny.sids,
             split=tiny.split,
             baselines=baselines,
+            catalog=tiny.catalog,
             config=config,
         )
 

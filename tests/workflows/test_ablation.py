@@ -14,8 +14,8 @@ from components.data.planted import plant
 from components.metrics.report import evaluate_baselines
 from components.metrics.sids import COLLAPSED_AT, CollapseError
 from tasks.ablation import ArmRun, gather_ablation
-from tasks.store import stored_at
 from tasks.sasrec import evaluate_sasrec
+from tasks.store import stored_at
 from tasks.tracking import open_store
 from workflows.ablation import ablation, run_arms
 from workflows.config import AblationConfig

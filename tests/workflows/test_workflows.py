@@ -242,11 +242,11 @@ sys.path = [p for p in sys.path if p]
 import mlflow, pandas as pd
 model = mlflow.pyfunc.load_model(sys.argv[1])
 items = json.loads(sys.argv[2])
-histories = pd.DataFrame({"history": [items, ["unknown", items[0]]]})
+histories = pd.DataFrame({"history": [items, ["unknown", items[0]], ["unknown"]]})
 out = model.predict(histories, params={"k": 4})
 import components
 try:
-    model.predict(pd.DataFrame({"history": [items, ["unknown"]]}))
+    model.predict(pd.DataFrame({"history": [items, [7]]}))
     refusal = ""
 except Exception as error:
     refusal = str(error)
@@ -264,7 +264,8 @@ print(json.dumps([out.to_dict("list"), components.__file__, "tasks" in sys.modul
     assert done.returncode == 0, done.stderr
     out, code, with_tasks, refusal = json.loads(done.stdout.splitlines()[-1])
     assert str(data) in code and not with_tasks
-    assert [len(row) for row in out["items"]] == [4, 4]
+    assert [len(row) for row in out["items"]] == [4, 4, 4]
+    assert out["warning"][:2] == ["", "ignored 1 unknown item: 'unknown'"] and "popular" in out["warning"][2]
     assert not set(items) & set(out["items"][0])
     assert all(row == sorted(row, reverse=True) for row in out["scores"])
     assert out["titles"][0][0]
@@ -277,7 +278,8 @@ print(json.dumps([out.to_dict("list"), components.__file__, "tasks" in sys.modul
         here = load_model(model).unwrap_python_model()
         import pandas as pd
 
-        answer = here.predict(None, pd.DataFrame({"history": [items, ["unknown", items[0]]]}), {"k": 4})
+        histories = pd.DataFrame({"history": [items, ["unknown", items[0]], ["unknown"]]})
+        answer = here.predict(None, histories, {"k": 4})
     assert answer["items"].to_list() == out["items"]
     for mine, theirs in zip(answer["scores"], out["scores"], strict=True):
         assert mine == pytest.approx(theirs)
