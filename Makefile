@@ -71,6 +71,7 @@ bench: $(STAMP) ## run the benchmarks; results go to benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/joint_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/packing.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recommenders.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sinkhorn.py
 
 clean: ## remove runs, artefacts and caches; keeps .venv

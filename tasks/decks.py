@@ -8,10 +8,19 @@ from components.pages.page import document
 from tasks.tracking import StageRun
 
 
-def show(run: StageRun, name: str, page: Html) -> None:
-    """Show a page as the first tab of the stage's deck, and keep it, as a whole document, as ``pages/<name>.html``.
+class PageDeck(Deck):  # type: ignore[misc]
+    """A tab with a page of a run."""
 
-    A stage that is answered from Flyte's cache has no deck; its page is in the run that did the work.
+    def __init__(self, run_id: str, name: str, page: Html) -> None:
+        super().__init__(name, page, auto_add_to_deck=False)
+        self.run_id = run_id
+
+
+def show(run: StageRun, name: str, page: Html) -> None:
+    """Show a page as a tab of the stage's deck, before flytekit's own, and keep it as ``pages/<name>.html``.
+
+    The file is a whole document. A stage that is answered from Flyte's cache has no deck; its page is in the run that
+    did the work.
 
     Parameters
     ----------
@@ -23,9 +32,8 @@ def show(run: StageRun, name: str, page: Html) -> None:
         What a function of ``components.pages`` returned.
     """
     decks = current_context().decks
-    # On one machine all stages share this list, so that each would show the pages of those before it.
-    decks[:] = [
-        Deck(name, page, auto_add_to_deck=False),
-        *(deck for deck in decks if isinstance(deck, TimeLineDeck)),
-    ]
+    # On one machine all stages share this list, and each would show the pages of those before it.
+    mine = [deck for deck in decks if isinstance(deck, PageDeck) and deck.run_id == run.run_id]
+    timeline = [deck for deck in decks if isinstance(deck, TimeLineDeck)]
+    decks[:] = [*mine, PageDeck(run.run_id, name, page), *timeline]
     run.text(f"pages/{name.lower()}.html", document(name, page))

@@ -1,12 +1,16 @@
 """Bundle what serving needs and log it as an MLflow model."""
 
+import time
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import mlflow
 from flytekit import task
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, Metric
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array
@@ -25,9 +29,9 @@ from components.folders import Provenance
 from components.recommenders.serving import training_popularity
 from tasks import runtime
 from tasks.flyte_types import by_content
-from tasks.runs import BUNDLE, kinds
+from tasks.runs import BUNDLE, DIGEST, everywhere, kinds, open_store
 from tasks.store import keep
-from tasks.tracking import StageRun, fluent, tracked
+from tasks.tracking import StageRun, allowed, fluent, tracked
 
 REQUIREMENTS = (
     "torch",
@@ -81,6 +85,35 @@ def log_bundle(run: StageRun, bundle: Bundle) -> str:
             tags={BUNDLE: bundle.fingerprint} | kinds("part", bundle.parts.values()),
         )
     return str(model.model_uri)
+
+
+def measure_model(run_id: str, bundle: Bundle, figures: Mapping[str, float]) -> None:
+    """Put figures on a logged model, tied to the data set that they are about, where MLflow's model page shows them.
+
+    Parameters
+    ----------
+    run_id : str
+        Run that the figures come from; empty does nothing.
+    bundle : Bundle
+        What was logged, now or in the execution that Flyte's cache answered from.
+    figures : mapping of str to float
+        Metrics by name, on the split that the bundle came from.
+    """
+    client = open_store()
+    if not run_id or (model := find_logged(client, bundle)) is None:
+        return
+    now, split = int(time.time() * 1000), bundle.provenance.parents["SequenceSplit"][:DIGEST]
+    about = {"model_id": model.model_id, "dataset_name": "SequenceSplit", "dataset_digest": split}
+    client.log_batch(
+        run_id, metrics=[Metric(allowed(name), value, now, 0, **about) for name, value in figures.items()]
+    )
+
+
+def find_logged(client: MlflowClient, bundle: Bundle) -> LoggedModel | None:
+    """Return the logged model that holds a bundle, wherever it was logged."""
+    query = f"tags.`{BUNDLE}` = '{bundle.fingerprint}'"
+    found = client.search_logged_models(everywhere(client), query, max_results=1)
+    return found[0] if found else None
 
 
 @task(**runtime.CPU, cache=runtime.cached("2"))

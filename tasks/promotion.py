@@ -23,9 +23,9 @@ from components.seams import Ranking
 from components.training.loop import device_of
 from tasks import runtime
 from tasks.flyte_types import by_content
-from tasks.model import log_bundle
+from tasks.model import find_logged, log_bundle
 from tasks.references import locate
-from tasks.runs import BUNDLE, DIGEST, everywhere
+from tasks.runs import BUNDLE, DIGEST
 from tasks.store import fetch
 from tasks.tracking import StageRun, everywhere_one_store, tracked
 
@@ -92,11 +92,9 @@ def _champion(client: MlflowClient, config: PromoteConfig) -> ModelVersion | Non
 
 def _register(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVersion:
     """Add a version that is pending: its number is its place in the queue."""
-    logged = run.client.search_logged_models(
-        everywhere(run.client), f"tags.`{BUNDLE}` = '{bundle.fingerprint}'", max_results=1
-    )
-    if logged:
-        model_id, maker = logged[0].model_id, logged[0].source_run_id
+    logged = find_logged(run.client, bundle)
+    if logged is not None:
+        model_id, maker = logged.model_id, logged.source_run_id
     else:
         model_id, maker = log_bundle(run, bundle).removeprefix("models:/"), run.run_id
     with suppress(MlflowException):  # it is there already

@@ -22,14 +22,14 @@ from components.metrics.figures import (
     length_by_popularity,
     reconstruction_by_level,
 )
-from components.metrics.lengths import lengths_differ, padded_codes
+from components.metrics.lengths import lengths_differ
 from components.metrics.sids import CollisionConfig
 from components.pages.sids import collisions_page, sids_page
 from components.pages.training import training_page
 from components.tokenizers import sids as naming
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.prefixes import prefix_errors
-from components.tokenizers.sids import SidConfig
+from components.tokenizers.sids import SidConfig, padded_codes
 from components.training.tokenizer import train_tokenizer
 from components.training.tokenizer_stage import TokenizerStage
 from tasks import runtime

@@ -90,7 +90,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
     return str(client.create_experiment(name, (home() / "mlartifacts").as_uri() if local else None))
 
 
-def _allowed(name: str) -> str:
+def allowed(name: str) -> str:
     """Spell a name as MLflow takes it: ``R@10`` becomes ``R_at_10``."""
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
 
@@ -104,7 +104,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _log_config(client: MlflowClient, run_id: str, config: Config) -> None:
-    params = [Param(_allowed(name), value) for name, value in _flat(config.model_dump(mode="json"))]
+    params = [Param(allowed(name), value) for name, value in _flat(config.model_dump(mode="json"))]
     for start in range(0, len(params), 100):
         client.log_batch(run_id, params=params[start : start + 100])
     client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
@@ -116,7 +116,7 @@ def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> Non
 
 def _mark(word: str, stage: str) -> str:
     """Return the tag in which the run of a pipeline keeps the mark of one of its stages."""
-    return _allowed(f"sidflow.{word}.{stage}")
+    return allowed(f"sidflow.{word}.{stage}")
 
 
 class StageRun:
@@ -139,7 +139,7 @@ class StageRun:
         """
         self.history.append((step, dict(values)))
         now = int(time.time() * 1000)
-        self._pending += [Metric(_allowed(name), float(value), now, step) for name, value in values.items()]
+        self._pending += [Metric(allowed(name), float(value), now, step) for name, value in values.items()]
         if "epoch" in values:
             self._show(values)
         if len(self._pending) >= _BATCH or time.monotonic() - self._flushed > _SECONDS:
@@ -158,7 +158,7 @@ class StageRun:
     def metrics(self, values: Mapping[str, float]) -> None:
         """Record final figures of the stage."""
         now = int(time.time() * 1000)
-        self._pending += [Metric(_allowed(name), float(value), now, 0) for name, value in values.items()]
+        self._pending += [Metric(allowed(name), float(value), now, 0) for name, value in values.items()]
 
     def say(self, text: str | Text) -> None:
         """Show a line of progress below the name of the stage."""

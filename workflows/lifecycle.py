@@ -10,6 +10,7 @@ from components.metrics.compare import headline, markdown_table
 from components.metrics.figures import comparison_figure
 from tasks import runtime
 from tasks.flyte_types import by_content
+from tasks.model import measure_model
 from tasks.summary import show_summary
 from tasks.tracking import fail_execution, finish_pipeline, record_result, start_pipeline
 from workflows.config import PipelineConfig
@@ -41,11 +42,13 @@ def finish_run(
     Args:
         run_id: MLflow run of the pipeline.
         comparison: The methods side by side.
-        names: What to call each SID table.
+        names: What to call each SID table; the last is the method that was logged as a model.
         collisions: A report for each of them.
         model: The model that was logged.
     """
-    record_result(run_id, headline(comparison), markdown_table(comparison), comparison_figure(comparison))
+    figures = headline(comparison)
+    record_result(run_id, figures, markdown_table(comparison), comparison_figure(comparison))
+    measure_model(run_id, model, {k: v for k, v in figures.items() if k.startswith(f"{names[-1]}/")})
     stages = finish_pipeline(run_id, [comparison, *collisions, model])
     show_summary(comparison, list(zip(names, collisions, strict=True)), stages, run_id)
 

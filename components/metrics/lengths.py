@@ -20,16 +20,6 @@ ONE_LENGTH = 0.95
 """Share of items above which one length is that of next to all items."""
 
 
-def padded_codes(table: SidTable) -> Tensor:
-    """Return the content codes of every item, (N, L) long, -1 where it has fewer than L."""
-    codes = pl.col("codes").list
-    columns = [
-        codes.get(level, null_on_oob=True).cast(pl.Int64).fill_null(-1).alias(str(level))
-        for level in range(len(table.codebook_sizes))
-    ]
-    return torch.from_numpy(table.codes.select(columns).to_numpy(writable=True))
-
-
 def code_counts(table: SidTable) -> pl.Series:
     """Return the number of codes of every item."""
     return table.codes["codes"].list.len().cast(pl.Int64).alias("codes")

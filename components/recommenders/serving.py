@@ -217,7 +217,7 @@ class BundleRanker:
         scores_Rk = np.tile(self._popular_scores[:k], (len(known), 1))
         if known.any():
             values, *bounds = looked_up.rows
-            rows, beams = Rows(values, *(each[known] for each in bounds)), BEAMS
+            rows, beams = Rows(values, *(each[known] for each in bounds)), max(k, BEAMS)
             with self._turn:
                 ranking = rank_rows(
                     self._rankers[decode],

@@ -16,10 +16,10 @@ from components.metrics.lengths import (
     history_figures,
     lengths_differ,
     mean_lengths,
-    padded_codes,
     popularity_deciles,
 )
 from components.metrics.sids import CollisionConfig, analyze
+from components.tokenizers.sids import padded_codes
 
 LEVELS = 4
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from components.recommenders.serving import (
     read_histories,
     training_popularity,
 )
+from components.seams import Ranker, Ranking
 from components.tokenizers.sids import table_symbols
 from components.tokenizers.trie import build_trie
 from components.training.loop import LoopConfig
@@ -299,6 +301,28 @@ def test_threads_get_what_each_would_get_alone(ranker, ids) -> None:
     with ThreadPoolExecutor(len(requests)) as pool:
         together = list(pool.map(ask, requests))
     assert [a.equals(b) for a, b in zip(alone, together, strict=True)] == [True] * len(requests)
+
+
+def test_a_recommender_is_asked_by_one_thread_at_a_time(bundle, ids) -> None:
+    ranker = BundleRanker(bundle, CPU)
+    inside, most = [], []
+
+    class Watched:
+        def __init__(self, within: Ranker) -> None:
+            self.within = within
+
+        def rank(self, *arguments: Any, **settings: Any) -> Ranking:
+            inside.append(threading.get_ident())
+            most.append(len(inside))
+            time.sleep(0.005)
+            ranking = self.within.rank(*arguments, **settings)
+            inside.pop()
+            return ranking
+
+    ranker._rankers["beam"] = Watched(ranker._rankers["beam"])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ranker.recommend, [column(ids[:2])] * 16))
+    assert most == [1] * 16
 
 
 def test_popularity_counts_training_events_alone(tiny) -> None:

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from components.artifacts import TokenizerCheckpoint
 from components.folders import ArtifactError
-from components.metrics.lengths import padded_codes
 from components.tokenizers.build import TokenizerConfig, build_tokenizer, checkpoint_of, load_tokenizer
 from components.tokenizers.dvae import DvaeConfig
 from components.tokenizers.prefixes import prefix_errors
 from components.tokenizers.quantize import reconstruct
 from components.tokenizers.rkmeans import RkMeans, RkMeansConfig, kmeans, residual_kmeans
 from components.tokenizers.rqvae import RqVae, RqVaeConfig, SinkhornConfig, mean_cosine
-from components.tokenizers.sids import SidConfig, assign
+from components.tokenizers.sids import SidConfig, assign, padded_codes
 from components.training.loop import LoopConfig
 from components.training.tokenizer import train_tokenizer
 from components.training.tokenizer_stage import TokenizerStage
