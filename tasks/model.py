@@ -10,7 +10,7 @@ from typing import Annotated
 import mlflow
 from flytekit import task
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, Metric
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array
@@ -30,7 +30,7 @@ from components.recommenders.serving import training_popularity
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.runs import BUNDLE, DIGEST, everywhere, kinds, open_store
-from tasks.store import keep
+from tasks.store import keep, stored_at
 from tasks.tracking import StageRun, allowed, fluent, tracked
 
 REQUIREMENTS = (
@@ -88,7 +88,7 @@ def log_bundle(run: StageRun, bundle: Bundle) -> str:
 
 
 def measure_model(run_id: str, bundle: Bundle, figures: Mapping[str, float]) -> None:
-    """Put figures on a logged model, tied to the data set that they are about, where MLflow's model page shows them.
+    """Tie a logged model to a run, and figures to both and to the data set that they are about, for MLflow's own pages.
 
     Parameters
     ----------
@@ -102,8 +102,12 @@ def measure_model(run_id: str, bundle: Bundle, figures: Mapping[str, float]) -> 
     client = open_store()
     if not run_id or (model := find_logged(client, bundle)) is None:
         return
-    now, split = int(time.time() * 1000), bundle.provenance.parents["SequenceSplit"][:DIGEST]
-    about = {"model_id": model.model_id, "dataset_name": "SequenceSplit", "dataset_digest": split}
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    split = bundle.provenance.parents["SequenceSplit"]
+    place = str(stored_at("SequenceSplit", split))
+    StageRun(client, run_id, "pipeline").dataset("SequenceSplit", split, place, "evaluation")
+    about = {"model_id": model.model_id, "dataset_name": "SequenceSplit", "dataset_digest": split[:DIGEST]}
+    now = int(time.time() * 1000)
     client.log_batch(
         run_id, metrics=[Metric(allowed(name), value, now, 0, **about) for name, value in figures.items()]
     )

@@ -60,6 +60,8 @@ def extend_sids(
         newcomers = grown.num_items - sids.num_items
         run.metrics({"items": grown.num_items, "newcomers": newcomers})
         run.say(f"{newcomers:,} newcomers named, {sids.num_items:,} names as they were")
+        if not newcomers:
+            return sids  # what did not grow was made by an earlier run
         run.output(grown)
         return grown
 
@@ -86,6 +88,8 @@ def extend_recommender(
     read = [recommender, sids, grown, embeddings]
     with tracked(f"extend_recommender {name}".strip(), None, run_id, read) as run:
         extended = binding.extend_recommender(recommender, sids, grown, embeddings)
+        if grown.num_items == sids.num_items:
+            return recommender  # what did not grow was made by an earlier run
         run.output(extended)
         return extended
 

@@ -413,7 +413,7 @@ def mark_pipeline(run_id: str, word: str, texts: Mapping[str, str]) -> None:
 
 
 def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str]:
-    """Tag the parent run with everything that the given artefacts came from, draw it, and close the run.
+    """Name on the parent run everything that the given artefacts came from, draw it, and close the run.
 
     A stage whose result came from Flyte's cache has no run in this execution: it is found by the
     fingerprint of what it made, and so on upwards through what that run had read.
@@ -451,8 +451,12 @@ def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str
             stages[stage] = maker.run_id
     for start in range(0, len(tags), 100):
         _set_tags(client, run_id, dict(list(tags.items())[start : start + 100]))
-    if lineage.steps:
-        StageRun(client, run_id, "pipeline").figure("lineage", lineage_figure(lineage))
+    run = StageRun(client, run_id, "pipeline")
+    for step in steps:
+        for raw in step.raw:
+            run.dataset(raw.kind, raw.fingerprint, f"runs:/{step.run_id}", "raw")
+    if steps:
+        run.figure("lineage", lineage_figure(lineage))
     client.set_terminated(run_id, "FINISHED")
     return stages
 

@@ -1,5 +1,6 @@
 """Begin and end of an execution: its MLflow run, its last page, and what happens when it fails."""
 
+from datetime import datetime
 from typing import Annotated
 
 from flytekit import task
@@ -54,11 +55,14 @@ def finish_run(
 
 
 @task(**runtime.CPU)
-def record_failure(config: PipelineConfig, err: FlyteError | None = None) -> None:
+def record_failure(
+    config: PipelineConfig, until: datetime | None = None, err: FlyteError | None = None
+) -> None:
     """Close as FAILED what this execution left running in MLflow.
 
     Args:
         config: Settings of the pipeline; a failure node takes the inputs of its workflow.
+        until: Moment that some workflows are run as of.
         err: What Flyte says about the failure.
     """
     fail_execution(err.message if err else "failed")

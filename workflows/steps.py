@@ -1,11 +1,14 @@
 """The steps that workflows share, wired once. These functions build nodes; they are no tasks."""
 
+from functools import partial
 from typing import NamedTuple
 
+from flytekit import map_task
 from flytekit.core.promise import Promise
 
-from tasks.data import ingest, split
+from tasks.data import assemble_embeddings, embed_shard, ingest, plan_shards, split
 from tasks.evaluation import evaluate_baselines, evaluate_recommender
+from tasks.model import log_model
 from tasks.recommender import fit_recommender
 from tasks.tokenizer import analyze_collisions, assign_sids, fit_tokenizer
 from workflows.embed_items import embed_items
@@ -24,9 +27,21 @@ class Data(NamedTuple):
 def read_data(config: Promise, run_id: Promise) -> Data:
     """Read and split the data and embed the items."""
     log, catalog = ingest(config=config.ingest, run_id=run_id)
+    return prepare(config, run_id, log, catalog)
+
+
+def prepare(config: Promise, run_id: Promise, log: Promise, catalog: Promise) -> Data:
+    """Split data that was read and embed the items, with an encoder that is fitted to them."""
     held = split(log=log, catalog=catalog, config=config.split, run_id=run_id)
     encoder, embeddings = embed_items(catalog=catalog, config=config.embedding, run_id=run_id)
     return Data(log, catalog, held, encoder, embeddings)
+
+
+def embed_with(encoder: Promise, catalog: Promise, config: Promise, run_id: Promise) -> Promise:
+    """Embed the items with an encoder that there is."""
+    embed = partial(embed_shard, encoder=encoder, catalog=catalog, config=config, run_id=run_id)
+    shards = map_task(embed)(shard=plan_shards(config=config))
+    return assemble_embeddings(shards=shards, catalog=catalog, encoder=encoder, run_id=run_id)
 
 
 class Named(NamedTuple):
@@ -44,27 +59,42 @@ class Named(NamedTuple):
 
 def name_items(config: Promise, run_id: Promise) -> Named:
     """Read the data, embed the items, learn codebooks and give every item its SID."""
-    log, catalog, held, encoder, embeddings = read_data(config, run_id)
-    tokenizer = fit_tokenizer(embeddings=embeddings, split=held, config=config.tokenizer, run_id=run_id)
+    data = read_data(config, run_id)
+    tokenizer, sids = learn_names(config, run_id, data)
+    return check_names("two-stage", config, run_id, data, tokenizer, sids)
+
+
+def learn_names(config: Promise, run_id: Promise, data: Data) -> tuple[Promise, Promise]:
+    """Learn codebooks and give every item its SID: tokenizer and table."""
+    tokenizer = fit_tokenizer(
+        embeddings=data.embeddings, split=data.split, config=config.tokenizer, run_id=run_id
+    )
     sids = assign_sids(
         tokenizer=tokenizer,
-        embeddings=embeddings,
-        split=held,
-        catalog=catalog,
+        embeddings=data.embeddings,
+        split=data.split,
+        catalog=data.catalog,
         config=config.sids,
         run_id=run_id,
     )
+    return tokenizer, sids
+
+
+def check_names(
+    name: str, config: Promise, run_id: Promise, data: Data, tokenizer: Promise, sids: Promise
+) -> Named:
+    """Describe collisions and let the run end where the SIDs have collapsed."""
     collisions = analyze_collisions(
-        name="two-stage",
+        name=name,
         tokenizer=tokenizer,
         sids=sids,
-        catalog=catalog,
-        embeddings=embeddings,
-        log=log,
+        catalog=data.catalog,
+        embeddings=data.embeddings,
+        log=data.log,
         config=config.collisions,
         run_id=run_id,
     )
-    return Named(log, catalog, held, encoder, embeddings, tokenizer, sids, collisions)
+    return Named(*data, tokenizer, sids, collisions)
 
 
 class Evaluated(NamedTuple):
@@ -77,7 +107,6 @@ class Evaluated(NamedTuple):
 
 def train_and_evaluate(config: Promise, run_id: Promise, named: Named) -> Evaluated:
     """Train on the frozen SIDs once they have passed the gate, and evaluate beside the baselines."""
-    baselines = evaluate_baselines(split=named.split, config=config.evaluate, run_id=run_id)
     recommender = fit_recommender(
         split=named.split,
         sids=named.sids,
@@ -86,8 +115,14 @@ def train_and_evaluate(config: Promise, run_id: Promise, named: Named) -> Evalua
         run_id=run_id,
     )
     named.collisions >> recommender
+    return evaluate("two-stage", config, run_id, named, recommender)
+
+
+def evaluate(name: str, config: Promise, run_id: Promise, named: Named, recommender: Promise) -> Evaluated:
+    """Evaluate a recommender beside the baselines."""
+    baselines = evaluate_baselines(split=named.split, config=config.evaluate, run_id=run_id)
     report = evaluate_recommender(
-        name="two-stage",
+        name=name,
         recommender=recommender,
         sids=named.sids,
         split=named.split,
@@ -97,3 +132,17 @@ def train_and_evaluate(config: Promise, run_id: Promise, named: Named) -> Evalua
         run_id=run_id,
     )
     return Evaluated(recommender, baselines, report)
+
+
+def bundle(name: str, run_id: Promise, named: Named, recommender: Promise) -> Promise:
+    """Log a recommender with all that serving it needs."""
+    return log_model(
+        name=name,
+        catalog=named.catalog,
+        split=named.split,
+        encoder=named.encoder,
+        tokenizer=named.tokenizer,
+        sids=named.sids,
+        recommender=recommender,
+        run_id=run_id,
+    )

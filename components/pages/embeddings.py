@@ -43,12 +43,16 @@ def embeddings_page(embeddings: ContentEmbeddings, catalog: ItemCatalog) -> Html
     looked = _evenly(count, LOOKED_AT)
     variance_D = _spectrum(x_ND[looked])
     running_D = np.cumsum(variance_D) / max(variance_D.sum(), 1e-12)
-    nearest = _nearest(x_ND, norms_N, _evenly(count, max(1, min(QUERIES, PAIRS // count))), 1)[0][:, 0]
+    directions = int((running_D < 0.9).sum()) + 1 if variance_D.any() else 0
+    nearest = _nearest(x_ND, norms_N, _evenly(count, max(1, min(QUERIES, PAIRS // count))), 1)[0].flatten()
     figures = [
         ("items", number(count)),
         ("numbers a vector", number(width)),
-        ("directions with 90 % of the variance", number(int(np.searchsorted(running_D, 0.9)) + 1)),
-        ("median cosine to the nearest other item", f"{float(nearest.median()):.2f}"),
+        ("directions with 90 % of the variance", number(directions)),
+        (
+            "median cosine to the nearest other item",
+            f"{float(nearest.median()):.2f}" if len(nearest) else "none",
+        ),
         ("vectors of length 0", number(int((norms_N == 0).sum()))),
     ]
     return page(
@@ -57,7 +61,7 @@ def embeddings_page(embeddings: ContentEmbeddings, catalog: ItemCatalog) -> Html
             Section(
                 "Neighbours",
                 [cards(_neighbours(x_ND, norms_N, looked, catalog))],
-                f"The item nearest the middle of each of {min(REGIONS, len(looked))} regions of the catalogue, and the "
+                f"The item nearest the middle of each of up to {REGIONS} regions of the catalogue, and the "
                 "items with the highest cosine to it among all.",
             ),
             Section("Shape", [beside(_shapes(norms_N, running_D, nearest))]),
@@ -84,13 +88,14 @@ def _nearest(x_ND: Tensor, norms_N: Tensor, items_M: Tensor, k: int) -> tuple[Te
     scale_N = norms_N.clamp(min=1e-12)
     cosine_MN = (x_ND[items_M] @ x_ND.T) / scale_N / scale_N[items_M, None]
     cosine_MN[torch.arange(len(items_M)), items_M] = -2.0
-    found = cosine_MN.topk(min(k, len(x_ND) - 1) or 1, dim=1)
+    found = cosine_MN.topk(min(k, len(x_ND) - 1), dim=1)
     return found.values, found.indices
 
 
 def _neighbours(x_ND: Tensor, norms_N: Tensor, looked_M: Tensor, catalog: ItemCatalog) -> list[Html]:
     unit_MD = torch.nn.functional.normalize(x_ND[looked_M], dim=1).numpy()
-    regions = KMeans(min(REGIONS, len(looked_M)), n_init=1, max_iter=20, random_state=0).fit(unit_MD)
+    different = len(np.unique(unit_MD, axis=0))
+    regions = KMeans(min(REGIONS, different), n_init=1, max_iter=20, random_state=0).fit(unit_MD)
     middles = looked_M[np.unique(regions.transform(unit_MD).argmin(axis=0))]
     cosines, neighbours = _nearest(x_ND, norms_N, middles, NEIGHBOURS)
     names = item_names(catalog, middles.tolist())
@@ -111,7 +116,7 @@ def _neighbours(x_ND: Tensor, norms_N: Tensor, looked_M: Tensor, catalog: ItemCa
 
 
 def _shapes(norms_N: Tensor, running_D: np.ndarray, nearest_M: Tensor) -> list[Html]:  # type: ignore[type-arg]
-    edges = np.linspace(min(0.0, float(nearest_M.min())), 1, 21)
+    edges = np.linspace(min([0.0, *nearest_M.tolist()]), 1, 21)
     counts = np.histogram(nearest_M.clamp(max=1).numpy(), edges)[0]
     labels = [f"{low:.2f}" for low in edges[:-1]]
     spread = [

@@ -11,11 +11,12 @@ import torch
 
 from components.artifacts import SidTable
 from components.data.splits import SplitConfig, count_events, hold_out
+from components.metrics.sids import CollisionConfig, analyze
 from components.pages.data import _part_times, data_page, split_page
 from components.pages.embeddings import NEIGHBOURS, embeddings_page
 from components.pages.html import Html
 from components.pages.results import LISTED, results_page
-from components.pages.sids import LEAVES, PREFIXES, sids_page
+from components.pages.sids import LEAVES, PREFIXES, collisions_page, sids_page
 from components.pages.training import training_page
 
 Element = ElementTree.Element
@@ -270,3 +271,26 @@ def test_a_comparison_calls_above_or_below_only_what_leaves_out_0(pages) -> None
     for row in differences:
         low, high = (float(end.replace("−", "-")) for end in row[5].split(" to "))
         assert row[6] == ("above" if low > 0 else "below" if high < 0 else "cannot be told apart")
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_vectors_that_tell_nothing_apart_have_a_page(tiny, count: int) -> None:
+    """Of one item, or all alike and of length 0."""
+    few = replace(tiny.catalog, items=tiny.catalog.items.head(count))
+    zeros = replace(tiny.embeddings, vectors={"vectors": torch.zeros(count, 4)}, normalised=False)
+    told_ = figures(embeddings_page(zeros, few))
+    assert told_["vectors of length 0"] == str(count)
+    assert told_["median cosine to the nearest other item"] == ("none" if count == 1 else "0.00")
+    assert told_["directions with 90 % of the variance"] == "0"
+
+
+def test_a_table_without_collisions_and_a_log_of_single_events_have_pages(tiny) -> None:
+    codes = pl.concat_list(pl.col("item_id").cast(pl.UInt16) // 8, pl.col("item_id").cast(pl.UInt16) % 8)
+    alone = tiny.sids.codes.with_columns(codes=codes, suffix=pl.lit(0, pl.UInt16))
+    table = replace(tiny.sids, codes=alone, codebook_sizes=[16, 8])
+    page = collisions_page(analyze(table, tiny.catalog, CollisionConfig()), tiny.catalog)
+    assert "No two items share their codes" in told(section(page, "Who shares codes"))
+    once = tiny.log.events.unique("user_id", keep="first", maintain_order=True).head(1)
+    log = replace(tiny.log, events=once, users=tiny.log.users.head(1))
+    page = data_page(log, tiny.catalog)
+    assert counts(section(page, "When")) == [1] and figures(page)["events of the median item"] == "0"

@@ -1,0 +1,177 @@
+"""The model in use, opened when a workflow runs: its alias moves, so at registration nobody can say which it will be."""
+
+from dataclasses import replace
+from typing import Annotated, NamedTuple, TypeVar
+
+from flytekit import task
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelInput
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from components.artifacts import (
+    Bundle,
+    ContentEmbeddings,
+    ContentEncoder,
+    ItemCatalog,
+    RecommenderCheckpoint,
+    SidTable,
+    TokenizerCheckpoint,
+)
+from components.folders import Artifact, ArtifactError, Provenance
+from components.lineage import Named
+from components.metrics.promotion import PromoteConfig
+from tasks import runtime
+from tasks.flyte_types import by_content
+from tasks.references import MLFLOW, address_of, locate
+from tasks.runs import everywhere, maker_of, open_store
+from tasks.store import fetch
+from tasks.tracking import StageRun, tracked
+
+Kind = TypeVar("Kind", bound=Artifact)
+
+
+class Champion(NamedTuple):
+    """The parts of the model in use, and what its last training knew."""
+
+    catalog: Annotated[ItemCatalog, by_content]
+    encoder: Annotated[ContentEncoder, by_content]
+    tokenizer: Annotated[TokenizerCheckpoint, by_content]
+    sids: Annotated[SidTable, by_content]
+    recommender: Annotated[RecommenderCheckpoint, by_content]
+    embeddings: Annotated[ContentEmbeddings, by_content]
+    """Of the catalogue: what the table was made from."""
+    trained_catalog: Annotated[ItemCatalog, by_content]
+    trained_sids: Annotated[SidTable, by_content]
+    """As the last training left it, before any item was added."""
+
+
+class Names(NamedTuple):
+    """Items and names of the model in use: one of each, or none where no model was promoted yet."""
+
+    catalogs: list[Annotated[ItemCatalog, by_content]]
+    sids: list[Annotated[SidTable, by_content]]
+
+
+class InUse(NamedTuple):
+    """A version of a registered model, and what is in it."""
+
+    version: ModelVersion
+    bundle: Bundle
+
+
+@task(**runtime.CPU)
+def open_champion(config: PromoteConfig, run_id: str = "") -> Champion:
+    """Open the model that holds the alias. Not cached: the alias moves.
+
+    Args:
+        config: Registered model and alias, a YAML file or JSON. Keys: make keys SECTION=promote.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    client = open_store()
+    champion = in_use(client, config)
+    if champion is None:
+        raise ValueError(
+            f"no version of the model {config.model!r} holds the alias {config.alias!r}: the first training makes it "
+            "(pyflyte run workflows/retrain.py retrain --config ...), or promote a bundle by hand "
+            "(pyflyte run tasks/promotion.py promote ...)"
+        )
+    bundle = champion.bundle
+    with tracked("open_champion", config, run_id, [bundle]) as run:
+        _note(run, champion.version)
+        source = bundle.sids.provenance.parents.get("ContentEmbeddings", bundle.tokenizer.embeddings)
+        trained = trained_table(client, bundle.sids)
+        run.metrics({"items": bundle.sids.num_items, "trained_items": trained.num_items})
+        # Nothing is put out: its parts were made by the runs that made them.
+        return Champion(
+            bundle.catalog,
+            bundle.encoder,
+            bundle.tokenizer,
+            bundle.sids,
+            bundle.recommender,
+            _load(client, ContentEmbeddings, source),
+            _first(bundle.catalog, trained.num_items),
+            trained,
+        )
+
+
+@task(**runtime.CPU)
+def find_names(config: PromoteConfig, run_id: str = "") -> Names:
+    """Open items and names of the model that holds the alias, if there is one. Not cached: the alias moves.
+
+    Args:
+        config: Registered model and alias, a YAML file or JSON. Keys: make keys SECTION=promote.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    champion = in_use(open_store(), config)
+    with tracked("find_names", config, run_id, [champion.bundle] if champion else []) as run:
+        if champion is None:
+            run.say(f"{config.model} has no {config.alias} yet")
+            return Names([], [])
+        _note(run, champion.version)
+        return Names([champion.bundle.catalog], [champion.bundle.sids])
+
+
+def in_use(client: MlflowClient, config: PromoteConfig) -> InUse | None:
+    """Return the version that holds the alias with its bundle, or None where there is no model or no alias.
+
+    Raises
+    ------
+    ArtifactError
+        Its bundle is neither on this machine nor in the registry.
+    """
+    try:
+        version = client.get_model_version_by_alias(config.model, config.alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+            return None
+        raise
+    return InUse(version, Bundle.load(fetch(locate(_reference(version), Bundle.kind()))))
+
+
+def trained_table(client: MlflowClient, sids: SidTable) -> SidTable:
+    """Go back from a table to that of the last training, over the extensions that MLflow knows of.
+
+    Drift adds up since then, and so do the items that training never met.
+
+    Raises
+    ------
+    ArtifactError
+        No run is known to have made the table or one on the way, or its folder is gone.
+    """
+    experiments, table = everywhere(client), Named(SidTable.kind(), sids.fingerprint)
+    while True:
+        maker = maker_of(client, experiments, table)
+        if maker is None:
+            raise ArtifactError(
+                f"no finished run is known to have made {table}, so nobody can say which training the names of "
+                f"{sids.num_items} items go back to: train again (workflows/retrain.py)"
+            )
+        if maker.data.tags["sidflow.stage"] != "extend_sids":
+            return SidTable.load(fetch(address_of(table, maker)))
+        table = Named(SidTable.kind(), maker.data.tags[f"parent.{SidTable.kind()}"])
+
+
+def _load(client: MlflowClient, kind: type[Kind], fingerprint: str) -> Kind:
+    artifact = Named(kind.kind(), fingerprint)
+    return kind.load(fetch(address_of(artifact, maker_of(client, everywhere(client), artifact))))
+
+
+def _first(catalog: ItemCatalog, items: int) -> ItemCatalog:
+    """Return the catalogue as it was with so many items: what is ingested onto one follows behind it."""
+    if items == catalog.num_items:
+        return catalog
+    parents = {ItemCatalog.kind(): catalog.fingerprint}
+    return replace(catalog, items=catalog.items.head(items), provenance=Provenance(parents=parents))
+
+
+def _reference(version: ModelVersion) -> str:
+    return f"{MLFLOW}{version.name}/{version.version}"
+
+
+def _note(run: StageRun, version: ModelVersion) -> None:
+    """Say which version was opened, in the run and, as a model that it reads, in MLflow's own terms."""
+    run.client.log_inputs(
+        run.run_id, models=[LoggedModelInput(str(version.source).removeprefix("models:/"))]
+    )
+    run.mark("champion", _reference(version))
