@@ -1,11 +1,8 @@
 """Arms over seeds put together, and the last page of an ablation in the terminal."""
 
-from base64 import b64encode
-from io import BytesIO
 from typing import Annotated, Literal
 
-from flytekit import Deck, task
-from matplotlib.figure import Figure
+from flytekit import task
 from pydantic import Field
 from rich.console import Console
 
@@ -13,9 +10,11 @@ from components.artifacts import Ablation, CollisionReport, EvaluationReport, Re
 from components.config import Config
 from components.metrics import ablation as arms
 from components.metrics.ablation import Measured
-from components.metrics.ablation_tables import html_table, markdown_table, tables
+from components.metrics.ablation_tables import markdown_table, tables
 from components.metrics.figures import ablation_figure
+from components.pages.ablation import ablation_page
 from tasks import runtime
+from tasks.decks import show
 from tasks.flyte_types import by_content
 from tasks.tracking import mark_pipeline, tracked
 
@@ -58,21 +57,12 @@ def gather_ablation(
     with tracked("gather_ablation", None, run_id, [*reports, *collisions, *recommenders]) as run:
         result = arms.ablate(_measured(runs, reports, collisions, recommenders))
         figure = ablation_figure(result)
-        page = html_table(result) + _embedded(figure)
-        Deck("Ablation", page)
+        show(run, "Ablation", ablation_page(result, figure))
         run.metrics(arms.headline(result))
         run.figure("ablation", figure)
-        run.text("ablation.html", page)
         run.text("ablation.md", markdown_table(result))
         run.output(result)
         return result
-
-
-def _embedded(figure: Figure) -> str:
-    """Return a figure as HTML that needs no other file."""
-    png = BytesIO()
-    figure.savefig(png, format="png")
-    return f'<img alt="arms" style="max-width:100%" src="data:image/png;base64,{b64encode(png.getvalue()).decode()}">'
 
 
 def _measured(

@@ -1,4 +1,4 @@
-"""The model in use, opened when a workflow runs: its alias moves, so at registration nobody can say which it will be."""
+"""The model in use, opened when a workflow runs: its alias moves, so registration cannot know which it will be."""
 
 from dataclasses import replace
 from typing import Annotated, NamedTuple, TypeVar
@@ -171,7 +171,5 @@ def _reference(version: ModelVersion) -> str:
 
 def _note(run: StageRun, version: ModelVersion) -> None:
     """Say which version was opened, in the run and, as a model that it reads, in MLflow's own terms."""
-    run.client.log_inputs(
-        run.run_id, models=[LoggedModelInput(str(version.source).removeprefix("models:/"))]
-    )
+    run.client.log_inputs(run.run_id, models=[LoggedModelInput(str(version.source).removeprefix("models:/"))])
     run.mark("champion", _reference(version))

@@ -19,9 +19,9 @@ from components.data.batches import held_out_rows
 from components.metrics import compare as comparing
 from components.metrics import report as reporting
 from components.metrics.beam_loss import beam_loss
-from components.metrics.compare import CompareConfig
+from components.metrics.compare import CompareConfig, short
 from components.metrics.figures import comparison_figure
-from components.metrics.report import EvaluateConfig, RankFn
+from components.metrics.report import EvaluateConfig, RankFn, blocks_of
 from components.pages.results import comparison_page, results_page
 from components.recommenders.build import load_recommender
 from components.recommenders.decoding import rank_rows
@@ -35,6 +35,8 @@ from tasks.decks import show
 from tasks.flyte_types import by_content
 from tasks.tracking import StageRun, tracked
 
+SHOWN = ("R@10", "N@10")
+"""Metrics that are said in a line of progress."""
 FAULTS = ("invalid", "duplicates", "seen_items")
 
 
@@ -75,8 +77,13 @@ def _log_metrics(run: StageRun, metrics: pl.DataFrame) -> None:
 
 
 def record_method(run: StageRun, name: str, report: EvaluationReport) -> None:
-    """Log one method's metrics, and the faulty entries of its lists."""
-    _log_metrics(run, report.metrics.filter(pl.col("method") == name))
+    """Log one method's metrics and say the usual two; log the faulty entries of its lists."""
+    metrics = report.metrics.filter(pl.col("method") == name)
+    _log_metrics(run, metrics)
+    value = dict(metrics.filter(slice="all").select(pl.concat_str("seen", "metric"), "value").iter_rows())
+    for seen in blocks_of(metrics["seen"]):
+        shown = [f"{metric} {short(value[seen + metric])}" for metric in SHOWN if seen + metric in value]
+        run.say(f"seen items {seen}: " + "  ".join(shown))
     faults = {
         f"{row['seen']}/{fault}": row[fault]
         for row in report.details["lists"]

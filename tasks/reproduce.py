@@ -36,6 +36,10 @@ from tasks.references import address_of
 from tasks.runs import everywhere, get_run, maker_of, open_store, tagged
 from tasks.tracking import VERSIONS
 
+CHAMPION_TAG = "sidflow.champion"
+"""Tag of a run that opened the champion."""
+REGISTRY = ("open_champion", "promote")
+"""Stages whose outcome depends on the registry."""
 TIMES = re.compile("second|memory")
 """Metrics that no second run has alike."""
 NAMED = re.compile(r"(?:MLflow run |mlflow:)([0-9a-f]{32})\b")
@@ -104,6 +108,11 @@ def reproduce(run_id: str, *, here: bool = False) -> Reproduction:
     run = get_run(client, run_id)
     if run.info.status != "FINISHED":
         raise ValueError(f"run {run_id} ended {run.info.status}: only a finished run can be compared with")
+    if CHAMPION_TAG in run.data.tags:
+        raise ValueError(
+            f"run {run_id} started from {run.data.tags[CHAMPION_TAG]}, the champion of its day, and may have "
+            "replaced it: reproduce its stages, which make lineage lists"
+        )
     remarks = _differing_libraries(run)
     with _code_of(run, here, remarks) as tree, tempfile.TemporaryDirectory() as folder:
         command = _command(client, run, tree, Path(folder))
@@ -218,6 +227,10 @@ def _task(stage: str) -> PythonFunctionTask[Any]:
         for entity in FlyteEntities.entities
         if isinstance(entity, PythonFunctionTask) and entity.task_function.__module__.startswith("tasks.")
     }
+    if stage in REGISTRY:
+        raise ValueError(
+            f"{stage} reads or changes the model registry, which is not what it was: nothing to reproduce"
+        )
     if stage not in stages:
         raise ValueError(f"{stage!r} is no stage of this sidflow; it has {', '.join(sorted(stages))}")
     return stages[stage]

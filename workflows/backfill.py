@@ -118,7 +118,7 @@ def backfill(config: PipelineConfig, first: datetime, last: datetime, every_days
     A window without enough data is reported as skipped; finished stages are cached, so an interrupted backfill goes on.
 
     Args:
-        config: Settings of all stages, without an until: a YAML file such as workflows/presets/quickstart.yaml, or JSON.
+        config: Settings of all stages without an until: a YAML file such as workflows/presets/quickstart.yaml, or JSON.
             The split is by_time, whatever protocol they name; test_days and valid_days are theirs.
         first: End of the first test window, such as 2011-09-01: its midnight; without a time zone, UTC.
         last: No test window ends after it.

@@ -1,12 +1,10 @@
 """The steps that workflows share, wired once. These functions build nodes; they are no tasks."""
 
-from functools import partial
 from typing import NamedTuple
 
-from flytekit import map_task
 from flytekit.core.promise import Promise
 
-from tasks.data import assemble_embeddings, embed_shard, ingest, plan_shards, split
+from tasks.data import ingest, split
 from tasks.evaluation import evaluate_baselines, evaluate_recommender
 from tasks.model import log_model
 from tasks.recommender import fit_recommender
@@ -35,13 +33,6 @@ def prepare(config: Promise, run_id: Promise, log: Promise, catalog: Promise) ->
     held = split(log=log, catalog=catalog, config=config.split, run_id=run_id)
     encoder, embeddings = embed_items(catalog=catalog, config=config.embedding, run_id=run_id)
     return Data(log, catalog, held, encoder, embeddings)
-
-
-def embed_with(encoder: Promise, catalog: Promise, config: Promise, run_id: Promise) -> Promise:
-    """Embed the items with an encoder that there is."""
-    embed = partial(embed_shard, encoder=encoder, catalog=catalog, config=config, run_id=run_id)
-    shards = map_task(embed)(shard=plan_shards(config=config))
-    return assemble_embeddings(shards=shards, catalog=catalog, encoder=encoder, run_id=run_id)
 
 
 class Named(NamedTuple):

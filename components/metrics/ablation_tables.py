@@ -1,7 +1,6 @@
 """An ablation as tables: values and differences, cold items, codes, lengths; in a terminal, in Markdown and in HTML."""
 
 from collections import Counter
-from html import escape
 from typing import Literal, NamedTuple
 
 import polars as pl
@@ -10,14 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from components.artifacts import Ablation
-from components.metrics.ablation import DECISIVE, ERRORS, chance_adoption, verdicts
+from components.metrics.ablation import DECISIVE, ERRORS, chance_adoption
 from components.metrics.compare import HEADLINE, short, signed
 from components.metrics.report import COLD, blocks_of
 
 DIFFERENCES = ("R@10", "N@10")
 """Metrics whose differences are shown."""
 STYLES = {"": "", "good": "bold green", "bad": "red"}
-HTML_STYLES = {"": "", "good": "font-weight:600;color:#00684a", "bad": "color:#b03000"}
 
 
 class Column(NamedTuple):
@@ -89,16 +87,6 @@ def markdown_table(ablation: Ablation, longest: int | None = None) -> str:
     while len(parts) > 1 and longest is not None and len("\n\n".join(parts)) > longest:
         parts.pop()
     return "\n\n".join(parts)
-
-
-def html_table(ablation: Ablation) -> str:
-    """Write the tables as an HTML fragment with its own styles, for a page that has none."""
-    sentences = "".join(f"<li>{escape(line)}</li>" for line in verdicts(ablation))
-    return (
-        '<div style="font:14px/1.45 system-ui,sans-serif;color:#222">'
-        + "".join(map(_html, grids(ablation)))
-        + (f'<ul style="padding-left:18px">{sentences}</ul></div>' if sentences else "</div>")
-    )
 
 
 def _values_grid(ablation: Ablation, seen: str) -> Grid:
@@ -324,31 +312,3 @@ def _markdown(grid: Grid) -> str:
     rules = ["---", *("---" if column in ("adopted", "state") else "--:" for column in grid.columns[1:])]
     lines = [f"| {' | '.join(row)} |" for row in (grid.columns, rules, *grid.rows)]
     return f"**{grid.title}**\n\n" + "\n".join(lines) + f"\n\n{grid.caption}"
-
-
-def _html(grid: Grid) -> str:
-    def cell(tag: str, column: str, text: str, style: str) -> str:
-        side = "left" if column in ("arm", "adopted", "state") else "right"
-        start = "0" if column == "arm" else "14px"
-        return (
-            f'<{tag} style="padding:4px 14px 4px {start};text-align:{side};white-space:nowrap;'
-            f'font-variant-numeric:tabular-nums;{style}">{text}</{tag}>'
-        )
-
-    head = "".join(cell("th", c, escape(c), "border-bottom:2px solid #333") for c in grid.columns)
-    body = []
-    for cells, mark in zip(grid.rows, grid.marks, strict=True):
-        style = HTML_STYLES[mark]
-        texts = (
-            escape(text).replace(" ± ", ' <span style="color:#777;font-weight:400">± ')
-            + ("</span>" if " ± " in text else "")
-            for text in cells
-        )
-        row = "".join(cell("td", c, text, style) for c, text in zip(grid.columns, texts, strict=True))
-        body.append(f"<tr>{row}</tr>")
-    return (
-        f'<h3 style="margin:18px 0 6px">{escape(grid.title)}</h3>'
-        '<table style="border-collapse:collapse"><thead><tr>'
-        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        f'<p style="font-size:12px;color:#777;max-width:62em">{escape(grid.caption)}</p>'
-    )

@@ -22,10 +22,12 @@ from components.metrics.ablation import (
     summarise,
     verdicts,
 )
-from components.metrics.ablation_tables import grids, html_table, markdown_table, tables
+from components.metrics.ablation_tables import grids, markdown_table, tables
 from components.metrics.compare import short
+from components.metrics.figures import ablation_figure
 from components.metrics.report import METRICS, RANKS
 from components.metrics.sids import COLLAPSED_AT, CollisionConfig, analyze
+from components.pages.ablation import ablation_page
 
 NAMES = ("R@5", "R@10", "N@5", "N@10", "coverage@10")
 BASELINES = {"popularity": 0.03, "itemknn": 0.19}
@@ -300,7 +302,7 @@ def test_the_table_of_lengths_fits_a_terminal_too() -> None:
         console.print(view)
     page = console.file.getvalue()
     assert max(map(len, page.splitlines())) <= 120 and "…" not in page
-    for text in (page, markdown_table(result), html_table(result)):
+    for text in (page, markdown_table(result)):
         assert "1.94 / 1.75" in text and "2.00 / –" in text
 
 
@@ -341,7 +343,7 @@ def test_recall_on_cold_targets_is_a_table_of_its_own_with_its_error_over_seeds(
         console.print(view)
     page = console.file.getvalue()
     assert max(map(len, page.splitlines())) <= 120 and "…" not in page
-    for text in (page, markdown_table(result), html_table(result)):
+    for text in (page, markdown_table(result)):
         assert "Cold items" in text and text.count(error) >= 2
 
 
@@ -349,7 +351,7 @@ def test_cold_targets_change_no_other_table_and_are_not_mentioned_where_there_ar
     plain = [*_arm("plain", PLAIN, None), *_arm("new", [0.375, 0.5, 0.9375])]
     before, after = ablate(plain), ablate([*_cold(plain[:3], [0.9] * 3), *_cold(plain[3:], [0.1] * 3)])
     assert before.cold_users == 0
-    for text in (markdown_table(before), html_table(before), str(headline(before))):
+    for text in (markdown_table(before), str(headline(before))):
         assert "cold" not in text.lower()
     assert [grid for grid in grids(after) if grid.title != "Cold items"] == grids(before)
     assert verdicts(after) == verdicts(before) and decision(after) == decision(before)
@@ -404,14 +406,16 @@ def test_the_tables_fit_a_terminal_of_120_columns_and_lose_nothing() -> None:
     assert page.count("adopted") >= 2 and "6 test users" in page
 
 
-def test_markdown_and_html_hold_every_arm_and_say_how_to_read_them() -> None:
+def test_markdown_and_page_hold_every_arm_and_say_how_to_read_them() -> None:
     result = _many()
-    for text in (markdown_table(result), html_table(result)):
+    page = ablation_page(result, ablation_figure(result))
+    for text in (markdown_table(result), page):
         assert text.count("an arm with a long name 11") >= 3
         for words in ("6 test users", "seeds 0, 1, 2", "Student-t", "Seen items excluded", "Semantic IDs"):
             assert words in text
-    assert html_table(result).count("<tr>") == 3 + 2 * 15 + 13
-    assert "<script>" not in html_table(ablate(_arm("<script>", [0.1], None)))
+    assert page.count("<tr>") == 3 + 2 * 15 + 13
+    strange = ablate(_arm("<script>", [0.1], None))
+    assert "<script>" not in ablation_page(strange, ablation_figure(strange))
 
 
 def test_a_short_description_drops_whole_tables() -> None:

@@ -155,7 +155,7 @@ def test_a_run_that_is_not_there_is_named_with_the_store(flyte_home):
 
 def test_an_artefact_that_was_deleted_says_where_it_was(chain, tiny):
     shutil.rmtree(stored_at("SidTable", tiny.sids.fingerprint))
-    with pytest.raises(ArtifactError, match="is not on this machine; run .* left it in .*run the stage that makes it again"):
+    with pytest.raises(ArtifactError, match="is not on this machine; run .* left it in .*makes it again"):
         locate(f"mlflow:{chain['assign']}", "SidTable")
 
 

@@ -1,9 +1,11 @@
 """A planted log as a user would bring it, and settings that train on it in seconds."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from components.data.planted import plant
@@ -50,5 +52,36 @@ def planted_settings(planted_files: Path) -> Callable[..., PipelineConfig]:
             "compare": {"resamples": 100},
         }
         return PipelineConfig.model_validate(values | changes)
+
+    return make
+
+
+TRAINED, NIGHT, NEXT, QUIET = (datetime(2020, 12, day) for day in (1, 12, 23, 27))
+"""The growing catalogue has 48 items on the first day and six more on each of the next two; the last has only events."""
+
+
+@pytest.fixture(scope="module")
+def growing_settings(planted_settings: Callable[..., PipelineConfig]) -> Callable[..., PipelineConfig]:
+    """Make settings for planted files in which the fifth item of each group comes at TRAINED and the sixth at NIGHT."""
+    source = planted_settings().ingest.source
+    comes = {4: TRAINED, 5: NIGHT}
+    begins = [
+        int(comes.get(item % 10, datetime(1970, 1, 1)).replace(tzinfo=UTC).timestamp()) for item in range(60)
+    ]
+    events = pl.read_csv(source.interactions.path)
+    arrival = events["item_id"].str.slice(5).cast(pl.Int64).replace_strict(range(60), begins)
+    path = Path(source.interactions.path).with_name("growing.csv")
+    events.filter(pl.col("timestamp") >= arrival).write_csv(path)
+    grows = source.model_copy(
+        update={"interactions": source.interactions.model_copy(update={"path": str(path)})}
+    )
+
+    def make(**changes: Any) -> PipelineConfig:
+        values = {
+            "ingest": {"source": grows.model_dump(), "k_core": 0},
+            "promote": {"margin": 0.9, "resamples": 100},
+            "drift": {"max_new_share": 0.15},
+        }
+        return planted_settings(**values | changes)
 
     return make

@@ -142,10 +142,10 @@ def test_figure_tables_and_deck_are_kept(first, data) -> None:
     result, parent = first
     (gathered,) = (child for child in children(parent) if child.info.run_name == "gather_ablation")
     assert files(gathered, "figures") == {"figures/ablation.png"}
-    assert {"ablation.html", "ablation.md"} <= files(gathered, "")
+    assert "ablation.md" in files(gathered, "") and "pages/ablation.html" in files(gathered, "pages")
     decks = [deck.read_text() for deck in data.parent.rglob("deck.html")]
     assert any("Semantic IDs" in deck and "data:image/png;base64" in deck for deck in decks)
-    assert files(parent, "figures") == {"figures/comparison.png"}
+    assert files(parent, "figures") == {"figures/comparison.png", "figures/lineage.png"}
     assert "| plain |" in parent.data.tags["mlflow.note.content"]
     mean = result.summary.filter(arm="ste", metric="N@10")["mean"].item()
     assert parent.data.metrics["ste/kept/N_at_10/mean"] == pytest.approx(mean)

@@ -2,17 +2,9 @@
 
 from datetime import UTC, datetime, timedelta
 
-import polars as pl
 import pytest
-from flytekit import FlyteContextManager
-from flytekit.configuration import Image, ImageConfig, SerializationSettings
 
-from components.data.ingest import ingest
-from components.data.splits import SplitConfig, hold_out
-from components.metrics.windows import Window
-from tasks.runs import open_store
-from workflows.as_of import as_of, cut
-from workflows.backfill import backfill, run_windows
+from workflows.backfill import backfill
 
 FIRST = datetime(2020, 9, 15, tzinfo=UTC)
 LAST = FIRST + timedelta(days=3 * 30)
