@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PRESET ?= quickstart
-# joint or two_stage.
+# joint, two_stage, retrain or new_items; the last two read events before the day UNTIL.
 WORKFLOW ?= joint
+UNTIL ?=
 SET ?=
 PORT ?= 5000
 SECTION ?=
@@ -33,7 +34,7 @@ keys: $(STAMP) ## explain every setting with its default (SECTION=joint)
 run: $(STAMP) ## train, compare, report on the shipped sample (PRESET=quickstart, WORKFLOW=two_stage, SET="recommender.loop.epochs=2")
 	@mkdir -p .sidflow && $(BIN)/python -m workflows.resolve $(PRESET) $(SET) > .sidflow/config.draft \
 		&& mv .sidflow/config.draft .sidflow/config.yaml
-	@$(BIN)/pyflyte run workflows/$(WORKFLOW).py $(WORKFLOW) --config .sidflow/config.yaml
+	@$(BIN)/pyflyte run workflows/$(WORKFLOW).py $(WORKFLOW) --config .sidflow/config.yaml $(if $(UNTIL),--until $(UNTIL))
 
 ablation: PRESET = ablation
 ablation: $(STAMP) ## compare arms over seeds, one table and one figure (PRESET=ablation, SET="seeds=[0]")

@@ -165,6 +165,23 @@ def encode_shard(
     )
 
 
+def unreadable(encoder: ContentEncoder, catalog: ItemCatalog) -> pl.Series:
+    """Return the ids (u32) of the items that an encoder has no words for, ascending.
+
+    Of an ``lsa`` those none of whose words it knows, as newcomers may be; of a ``sentence_transformer`` those without
+    text. ``precomputed`` vectors are read by position or id: what they lack is a mistake, and stays an error.
+    """
+    config: EncoderConfig = TypeAdapter(EncoderConfig).validate_python(encoder.config)
+    items = catalog.items
+    match config:
+        case LsaConfig():
+            return items["item_id"].filter(_unread(_tfidf(encoder, config, items)))
+        case SentenceTransformerConfig():
+            return items["item_id"].filter(_blank(items))
+        case PrecomputedConfig():
+            return items["item_id"].clear()
+
+
 def assemble(
     shards: list[EmbeddingShard], catalog: ItemCatalog, encoder: ContentEncoder
 ) -> ContentEmbeddings:
@@ -272,23 +289,39 @@ def _fit_lsa(catalog: ItemCatalog, config: LsaConfig) -> tuple[pl.DataFrame, Ten
 
 def _encode_lsa(encoder: ContentEncoder, config: LsaConfig, rows: pl.DataFrame) -> Tensor:
     """Project TF-IDF rows and bring them to length 1, in float64 until the end."""
-    vectorizer = _vectorizer(config, encoder.vocabulary["term"].to_list())
-    vectorizer.idf_ = encoder.vocabulary["idf"].to_numpy()
-    tfidf_NV = vectorizer.transform(rows["text"].fill_null("").to_list())
+    tfidf_NV = _tfidf(encoder, config, rows)
     _check_text(tfidf_NV, rows)
     x_ND = torch.from_numpy(tfidf_NV @ encoder.weights["projection"].numpy())
     return torch.nn.functional.normalize(x_ND, dim=1, eps=1e-12).float()
 
 
+def _tfidf(encoder: ContentEncoder, config: LsaConfig, rows: pl.DataFrame) -> Any:
+    """Return the TF-IDF rows of some items over the terms that the encoder knows, as a scipy CSR matrix."""
+    vectorizer = _vectorizer(config, encoder.vocabulary["term"].to_list())
+    vectorizer.idf_ = encoder.vocabulary["idf"].to_numpy()
+    return vectorizer.transform(rows["text"].fill_null("").to_list())
+
+
+def _unread(tfidf_NV: Any) -> pl.Series:
+    """Say which rows have not a single known term."""
+    return pl.Series(np.diff(tfidf_NV.indptr) == 0)
+
+
+def _blank(rows: pl.DataFrame) -> pl.Series:
+    """Say which items have no text."""
+    return rows["text"].fill_null("").str.strip_chars() == ""
+
+
 def _check_text(tfidf_NV: Any, rows: pl.DataFrame) -> None:
     """Refuse rows without a single known term: their vector would be zero."""
-    without = rows.filter(pl.Series(np.diff(tfidf_NV.indptr) == 0))
+    without = rows.filter(_unread(tfidf_NV))
     if len(without):
         raise ValueError(
             f"lsa: {len(without)} items have no usable text, the first are raw ids "
             f"{without['raw_id'].head(5).to_list()} with text {without['text'].head(5).to_list()}; "
             "give them a title or drop them, lower embedding.encoder.min_df, or use precomputed vectors; of items that "
-            "came after the encoder was fitted it may know no word: drop them, or fit it again in a full retraining"
+            "came after the encoder was fitted it may know no word: set them aside (set_aside), or fit it again in a "
+            "full retraining"
         )
 
 
@@ -311,7 +344,7 @@ def _digest_of_model(model: Any) -> str:
 
 
 def _encode_sentences(config: SentenceTransformerConfig, rows: pl.DataFrame) -> Tensor:
-    without = rows.filter(pl.col("text").fill_null("").str.strip_chars() == "")
+    without = rows.filter(_blank(rows))
     if len(without):
         raise ValueError(
             f"sentence_transformer: {len(without)} items have no text, the first are raw ids "

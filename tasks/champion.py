@@ -28,6 +28,9 @@ from tasks.runs import everywhere, maker_of, open_store
 from tasks.store import fetch
 from tasks.tracking import StageRun, tracked
 
+OPENED = "sidflow.champion"
+"""Tag of a run, and of its pipeline's: the version that it opened, or that there was none."""
+
 Kind = TypeVar("Kind", bound=Artifact)
 
 
@@ -78,7 +81,7 @@ def open_champion(config: PromoteConfig, run_id: str = "") -> Champion:
         )
     bundle = champion.bundle
     with tracked("open_champion", config, run_id, [bundle]) as run:
-        _note(run, champion.version)
+        _read(run, champion.version)
         source = bundle.sids.provenance.parents.get("ContentEmbeddings", bundle.tokenizer.embeddings)
         trained = trained_table(client, bundle.sids)
         run.metrics({"items": bundle.sids.num_items, "trained_items": trained.num_items})
@@ -106,9 +109,9 @@ def find_names(config: PromoteConfig, run_id: str = "") -> Names:
     champion = in_use(open_store(), config)
     with tracked("find_names", config, run_id, [champion.bundle] if champion else []) as run:
         if champion is None:
-            run.say(f"{config.model} has no {config.alias} yet")
+            _note(run, "none")
             return Names([], [])
-        _note(run, champion.version)
+        _read(run, champion.version)
         return Names([champion.bundle.catalog], [champion.bundle.sids])
 
 
@@ -169,7 +172,15 @@ def _reference(version: ModelVersion) -> str:
     return f"{MLFLOW}{version.name}/{version.version}"
 
 
-def _note(run: StageRun, version: ModelVersion) -> None:
-    """Say which version was opened, in the run and, as a model that it reads, in MLflow's own terms."""
-    run.client.log_inputs(run.run_id, models=[LoggedModelInput(str(version.source).removeprefix("models:/"))])
-    run.mark("champion", _reference(version))
+def _note(run: StageRun, opened: str) -> None:
+    """Say what was opened, in this run and in that of its pipeline, which another day would start elsewhere."""
+    for run_id in filter(None, (run.run_id, run.pipeline)):
+        run.client.set_tag(run_id, OPENED, opened)
+    run.say(f"champion: {opened}")
+
+
+def _read(run: StageRun, version: ModelVersion) -> None:
+    """Note a version, in MLflow's own terms as a model that the run reads."""
+    model_id = str(version.source).removeprefix("models:/")
+    run.client.log_inputs(run.run_id, models=[LoggedModelInput(model_id)])
+    _note(run, _reference(version))

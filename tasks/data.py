@@ -2,6 +2,7 @@
 
 from typing import Annotated, NamedTuple
 
+import polars as pl
 from flytekit import task
 from pydantic import Field
 
@@ -15,8 +16,8 @@ from components.artifacts import (
     SequenceSplit,
 )
 from components.config import Config
+from components.data import growth, splits
 from components.data import ingest as reading
-from components.data import splits
 from components.data.ingest import IngestConfig
 from components.data.splits import SplitConfig
 from components.embeddings import EncoderConfig, LsaConfig
@@ -85,6 +86,45 @@ def _tell_log(run: StageRun, config: IngestConfig, log: InteractionLog, catalog:
     run.metrics({k: v for k, v in log.statistics.items() if isinstance(v, int | float)})
     run.say(f"{len(log.events):,} events, {log.num_users:,} users, {catalog.num_items:,} items")
     show(run, "Data", data_page(log, catalog))
+
+
+@task(**runtime.CPU)
+def set_aside(
+    log: Annotated[InteractionLog, by_content],
+    catalog: Annotated[ItemCatalog, by_content],
+    known: Annotated[ItemCatalog, by_content],
+    encoder: Annotated[ContentEncoder, by_content],
+    run_id: str = "",
+) -> Ingested:
+    """Leave out new items whose text the encoder cannot read, and mark the run: they wait for the next training.
+
+    Not cached, so that the run of every night says whom it left out.
+
+    Args:
+        log: Folder of an InteractionLog.
+        catalog: Folder of the ItemCatalog that was made with it, by ingest_onto.
+        known: Folder of the ItemCatalog that it grew from.
+        encoder: Folder of the ContentEncoder that will read it, fitted to the known items.
+        run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+    """
+    with tracked("set_aside", None, run_id, [log, catalog, known, encoder]) as run:
+        dumb = embeddings.unreadable(encoder, catalog)
+        kept = Ingested(*growth.leave_out(log, catalog, known, dumb))
+        run.metrics(
+            {"items_set_aside": len(dumb), "events_set_aside": len(log.events) - len(kept.log.events)}
+        )
+        if len(dumb):
+            first = catalog.items[dumb.head(5).to_list()]
+            names = first.select(pl.format("{} ({})", "raw_id", pl.col("text").fill_null("")))
+            more = f" and {len(dumb) - 5:,} more" if len(dumb) > 5 else ""
+            run.mark(
+                "set_aside",
+                f"{len(dumb):,} new items whose text the encoder cannot read: "
+                f"{', '.join(names.to_series())}{more}; they come with the next training",
+            )
+            # What did not change was made by an earlier run.
+            run.output(*([kept.log] if kept.catalog is known else kept))
+        return kept
 
 
 @task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("2"))

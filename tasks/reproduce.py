@@ -180,9 +180,13 @@ def _command(client: MlflowClient, run: Run, tree: Path, folder: Path) -> list[s
     values = _config(client, run)
     workflow = run.data.tags.get("sidflow.workflow")
     if workflow:
+        # What a backfill takes beside its settings stands among them.
+        days = {key: values.pop(key) for key in ("first", "last", "every_days") if key in values}
+        given = [part for key, value in days.items() for part in (f"--{key}", str(value).removesuffix("Z"))]
         path = folder / "config.json"
         path.write_text(json.dumps(values))
-        return [pyflyte, "run", str(tree / "workflows" / f"{workflow}.py"), workflow, "--config", str(path)]
+        script = str(tree / "workflows" / f"{workflow}.py")
+        return [pyflyte, "run", script, workflow, "--config", str(path), *given]
     stage, _, label = run.info.run_name.partition(" ")
     task = _task(stage)
     options = []

@@ -20,6 +20,7 @@ from components.embeddings import (
     encode_items,
     encode_shard,
     fit_encoder,
+    unreadable,
 )
 from components.folders import ArtifactError
 
@@ -275,3 +276,16 @@ def test_sentence_transformer_with_real_weights(catalog: ItemCatalog) -> None:
     other_weights = replace(encoder, config={**encoder.config, "sha256": "0" * 64})
     with pytest.raises(ArtifactError, match="the encoder was made with"):
         encode_shard(other_weights, catalog, 0, 1)
+
+
+def test_what_an_encoder_cannot_read_is_known_before_it_reads(catalog: ItemCatalog, tmp_path: Path) -> None:
+    grown = catalog_of([*catalog.items["text"], "zeppelin", "red zeppelin", None, "   "])
+    assert unreadable(fit_encoder(catalog, SMALL), grown).to_list() == [35, 37, 38]
+    assert unreadable(fit_encoder(catalog, SMALL), catalog).to_list() == []
+    sentences = replace(
+        fit_encoder(catalog, SMALL), config=SentenceTransformerConfig(model="none").model_dump(mode="json")
+    )
+    assert unreadable(sentences, grown).to_list() == [37, 38]
+    np.save(tmp_path / "v.npy", np.ones((35, 2)))
+    given = fit_encoder(catalog, PrecomputedConfig(path=str(tmp_path / "v.npy")))
+    assert unreadable(given, grown).to_list() == []

@@ -40,13 +40,6 @@ class Plan(NamedTuple):
     ends: list[datetime]
 
 
-class Backfill(NamedTuple):
-    """Windows, and the comparison of each that was not skipped, in their order."""
-
-    windows: list[Window]
-    comparisons: list[Comparison]
-
-
 @task(**runtime.CPU)
 def start_backfill(config: PipelineConfig, first: datetime, last: datetime, every_days: int) -> Plan:
     """Lay out the windows and open the MLflow run that their runs become children of.
@@ -112,10 +105,13 @@ def record_backfill_failure(
 
 
 @workflow(on_failure=record_backfill_failure)
-def backfill(config: PipelineConfig, first: datetime, last: datetime, every_days: int = 7) -> Backfill:
+def backfill(
+    config: PipelineConfig, first: datetime, last: datetime, every_days: int = 7
+) -> list[Comparison]:
     """Train and evaluate as of many days, each on what was known then, and put the results in one table.
 
-    A window without enough data is reported as skipped; finished stages are cached, so an interrupted backfill goes on.
+    A window without enough data is reported as skipped, and has no comparison in what is returned. Finished stages are
+    cached, so an interrupted backfill goes on.
 
     Args:
         config: Settings of all stages without an until: a YAML file such as workflows/presets/quickstart.yaml, or JSON.
@@ -128,4 +124,4 @@ def backfill(config: PipelineConfig, first: datetime, last: datetime, every_days
     windows = survey_windows(ingest=by_time.ingest, split=by_time.split, ends=ends, run_id=run_id)
     comparisons = run_windows(config=by_time, windows=windows)
     finish_backfill(run_id=run_id, windows=windows, comparisons=comparisons)
-    return Backfill(windows, comparisons)
+    return comparisons

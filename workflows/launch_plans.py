@@ -1,7 +1,8 @@
 """The launch plans of the domain that is registered: two schedules, a backfill and the quickstart.
 
-``pyflyte run workflows/launch_plans.py nightly`` is no way to try one: it drops fixed inputs and fills in the defaults
-of the workflow. Call the plan in Python, ``nightly(until=...)``, or launch it on the cluster.
+Tried with ``pyflyte run workflows/launch_plans.py weekly --until 2011-10-01``, a plan loses every input for which its
+workflow has a default of its own. No fixed input has one; ``every_days`` has, so give it, or call the plan in Python:
+``backfill_weekly(first=..., last=...)``.
 """
 
 from collections.abc import Callable

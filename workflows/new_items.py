@@ -81,20 +81,18 @@ def finish_night(
 
 def _news(drift: SidDrift, tonight: int) -> list[str]:
     """Say in sentences what came, and how it fares."""
-    figures = drift.figures
-    lines = [
-        f"{tonight:,} new items were named; {figures['newcomers']:,.0f} of {figures['items']:,.0f} came since the last "
-        "training."
-    ]
-    if "collision_share_newcomers" in figures:
+    f = drift.figures
+    came = f"New items: {tonight:,}." if tonight else "No new items: all names are as they were."
+    lines = [f"{came} Since the last training: {f['newcomers']:,.0f} of {f['items']:,.0f}."]
+    if f["newcomers"]:
         lines.append(
-            f"Of these {figures['collision_share_newcomers']:.1%} share their codes with another item; of the items "
-            f"that training knew {figures['collision_share_known']:.1%} did."
+            f"Of those since the last training {f['collision_share_newcomers']:.1%} share their codes, of the items "
+            f"that it knew {f['collision_share_known']:.1%} did."
         )
-    if "recall_newcomers" in figures and "recall_known" in figures:
+    if "recall_newcomers" in f and "recall_known" in f:
         lines.append(
-            f"Recall is {figures['recall_newcomers']:.4f} where the target is one of them, "
-            f"{figures['recall_known']:.4f} elsewhere; seen items kept."
+            f"R@{drift.provenance.config['recall_at']} is {f['recall_newcomers']:.4f} where the target came since, "
+            f"{f['recall_known']:.4f} elsewhere, {f['recall_chance']:.4f} by chance."
         )
     return lines
 

@@ -2,9 +2,11 @@
 
 import polars as pl
 
-from components.artifacts import COLD, ItemCatalog
+from components.artifacts import COLD, InteractionLog, ItemCatalog
+from components.config import require
+from components.data.interactions import kept_figures
 from components.data.raw import ITEMS, DataError, RawData
-from components.folders import ArtifactError
+from components.folders import ArtifactError, Provenance
 
 
 def known_first(known: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
@@ -72,3 +74,88 @@ def newcomers(catalog: ItemCatalog, known: ItemCatalog) -> pl.DataFrame:
             "read the newer data onto that catalogue (ingest_onto)"
         )
     return catalog.items.slice(known.num_items).select(list(COLD))
+
+
+def leave_out(
+    log: InteractionLog, catalog: ItemCatalog, known: ItemCatalog, items: pl.Series
+) -> tuple[InteractionLog, ItemCatalog]:
+    """Take newcomers out of a grown catalogue again, with their events, as if the source had not had them yet.
+
+    Later newcomers move up. A user whose events are all of such items is left out too, the others keep their order; who
+    thereby has fewer events than the k-core asks for stays.
+
+    Parameters
+    ----------
+    log : InteractionLog
+        What was ingested.
+    catalog : ItemCatalog
+        The grown catalogue that its ids point into.
+    known : ItemCatalog
+        The catalogue that it grew from, whose items cannot be left out.
+    items : series of int
+        Ids of newcomers.
+
+    Returns
+    -------
+    log : InteractionLog
+        Its statistics count what was left out: ``items_set_aside``, ``events_of_items_set_aside`` and
+        ``users_set_aside``.
+    catalog : ItemCatalog
+        ``known`` itself where no newcomer is left. Without ``items`` both are what was given.
+
+    Raises
+    ------
+    ArtifactError
+        ``catalog`` did not grow from ``known``.
+    ValueError
+        An item is none of the newcomers.
+    DataError
+        No event is left.
+    """
+    new = newcomers(catalog, known)["item_id"]
+    strange = items.filter(~items.is_in(new.implode()))
+    require(
+        not len(strange),
+        f"leave_out: items {strange.head(5).to_list()} are no newcomers to a catalogue of {known.num_items} items; "
+        "known items keep their place",
+    )
+    if not len(items):
+        return log, catalog
+    rows = catalog.items.filter(~pl.col("item_id").is_in(items.implode()))
+    number = rows.select("item_id").with_row_index("new_id")
+    events = log.events.join(number, on="item_id", maintain_order="left")
+    if not len(events):
+        raise DataError(
+            f"leave_out: all {len(log.events)} events are of the {len(items)} items; nothing is left"
+        )
+    users = log.users.join(events, on="user_id", how="semi", maintain_order="left").with_row_index("new_user")
+    events = events.join(users.select("user_id", "new_user"), on="user_id", maintain_order="left").select(
+        user_id="new_user",
+        item_id="new_id",
+        position=pl.int_range(pl.len(), dtype=pl.UInt32).over("new_user"),
+        timestamp="timestamp",
+        rating="rating",
+    )
+    counts = {
+        "new_items": len(new) - len(items),
+        "items_set_aside": len(items),
+        "events_of_items_set_aside": len(log.events) - len(events),
+        "users_set_aside": log.num_users - len(users),
+    }
+    parents = {
+        "InteractionLog": log.fingerprint,
+        "ItemCatalog": catalog.fingerprint,
+        "known ItemCatalog": known.fingerprint,
+    }
+    provenance = Provenance(config=log.provenance.config, parents=parents)
+    kept = rows.with_columns(item_id=pl.int_range(pl.len(), dtype=pl.UInt32))
+    return (
+        InteractionLog(
+            events=events,
+            users=users.select(user_id="new_user", raw_id="raw_id"),
+            sources=log.sources,
+            statistics=log.statistics | counts | kept_figures(events.select(user="user_id", item="item_id")),
+            provenance=provenance,
+        ),
+        known if len(kept) == known.num_items else ItemCatalog(items=kept, provenance=provenance),
+    )

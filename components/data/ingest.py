@@ -1,6 +1,6 @@
 """Raw files to InteractionLog and ItemCatalog: the first stage, afresh or onto a catalogue that exists."""
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import polars as pl
 from pydantic import Field
@@ -16,6 +16,7 @@ from components.data.interactions import (
     events_before,
     first_of_repeats,
     k_core,
+    kept_figures,
     number,
     order_events,
     settle_unknown,
@@ -179,7 +180,7 @@ def settle(raw: RawData, config: IngestConfig, known: ItemCatalog | None = None)
             "dropped_by_k_core": len(once) - len(core),
         }
         | ({} if known is None else growth)
-        | _figures(core),
+        | kept_figures(core),
         provenance=provenance,
     )
     catalog = known if known and not len(new) else ItemCatalog(items=items, provenance=provenance)
@@ -190,18 +191,3 @@ def _described_anew(items: pl.DataFrame, known: pl.DataFrame, fields: list[TextF
     """Count the known items that the source describes by another text."""
     texts = describe_items(items, fields, "", "keep").join(known, on="raw_id")
     return texts.select((pl.col("text") != pl.col("text_right")).sum()).item()
-
-
-def _figures(core: pl.DataFrame) -> dict[str, Any]:
-    """Count what was kept."""
-    lengths = core.group_by("user").len()["len"]
-    num_items = core["item"].n_unique()
-    return {
-        "events": len(core),
-        "users": len(lengths),
-        "items_with_events": num_items,
-        "mean_length": len(core) / len(lengths),
-        "longest": lengths.max(),
-        "density": len(core) / (len(lengths) * num_items),
-        "repeated_events": len(core) - len(core.select("user", "item").unique()),
-    }

@@ -1,7 +1,7 @@
 """From raw events and items to a log and a catalogue: unknown items, repeats, k-core, ids, order, text."""
 
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -164,6 +164,21 @@ def check_core(
         f"{name}: k_core {k} leaves 0 of {len(events)} events ({users} users, {items} items); the largest k "
         f"that leaves any is {largest}, with {len(k_core(events, largest, known))} events; lower k_core"
     )
+
+
+def kept_figures(events: pl.DataFrame) -> dict[str, Any]:
+    """Count what was kept: figures of ``InteractionLog.statistics``, from at least one event, ``user`` and ``item``."""
+    lengths = events.group_by("user").len()["len"]
+    num_items = events["item"].n_unique()
+    return {
+        "events": len(events),
+        "users": len(lengths),
+        "items_with_events": num_items,
+        "mean_length": len(events) / len(lengths),
+        "longest": lengths.max(),
+        "density": len(events) / (len(lengths) * num_items),
+        "repeated_events": len(events) - len(events.select("user", "item").unique()),
+    }
 
 
 def number(ids: pl.Series) -> pl.DataFrame:

@@ -195,7 +195,8 @@ def windows_figure(windows: Sequence[Window], values: pl.DataFrame) -> Figure:
     """Draw every method over the windows with its 95 % interval: a row a treatment of seen items, a column a metric."""
     blocks = blocks_of(values["seen"])
     methods = values["method"].unique(maintain_order=True).to_list()
-    figure = Figure(figsize=(5.2 * len(METRICS), 0.9 + 2.6 * len(blocks)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(METRICS), 0.9 + 2.6 * len(blocks)), dpi=120)
+    figure.set_layout_engine("constrained", wspace=0.06)
     axes = figure.subplots(len(blocks), len(METRICS), squeeze=False, sharex=True)
     for row, seen in enumerate(blocks):
         for column, metric in enumerate(METRICS):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.artifacts import ItemCatalog
-from components.data.growth import newcomers
+from components.data.growth import leave_out, newcomers
 from components.data.ingest import IngestConfig, Ingested, ingest, settle
 from components.data.interactions import k_core
 from components.data.raw import EVENTS, ITEMS, DataError, RawData
@@ -154,6 +154,43 @@ def test_newcomers_are_dropped_on_demand_with_their_events(old, new) -> None:
     assert dropped.log.statistics["newcomers_dropped"] == len(
         {i for _, i, _ in new} - {i for _, i, _ in kept}
     )
+
+
+@LAW
+@given(ROWS, ROWS, st.sets(st.integers(0, 7)))
+def test_what_is_left_out_is_as_if_the_source_had_not_had_it(old, new, out: set[int]) -> None:
+    known = settle(raw(old), FEW).catalog
+    new = [*new, (9, old[0][1], 0)]
+    grown = settle(raw(new), FEW, known)
+    fresh = newcomers(grown.catalog, known).join(grown.catalog.items, on="item_id")
+    items = fresh.filter(pl.col("raw_id").is_in([f"i{item}" for item in out]))
+    log, catalog = leave_out(grown.log, grown.catalog, known, items["item_id"])
+    gone = {int(name[1:]) for name in items["raw_id"]}
+    wanted = settle(raw([row for row in new if row[1] not in gone]), FEW, known)
+    assert log.events.equals(wanted.log.events) and log.users.equals(wanted.log.users)
+    assert catalog.fingerprint == wanted.catalog.fingerprint
+    if not len(items):
+        assert log is grown.log and catalog is grown.catalog
+        return
+    statistics = dict(log.statistics)
+    assert statistics.pop("items_set_aside") == len(items)
+    assert statistics.pop("events_of_items_set_aside") == len(new) - len(log.events) > 0
+    assert statistics.pop("users_set_aside") == grown.log.num_users - log.num_users
+    read = ("events_read", "items_read")
+    assert {k: v for k, v in statistics.items() if k not in read} == {
+        k: v for k, v in wanted.log.statistics.items() if k not in read
+    }
+    assert (catalog is known) == (len(items) == len(fresh))
+
+
+def test_only_newcomers_are_left_out_and_never_everything() -> None:
+    known = settle(raw([(0, 0, 0)]), FEW).catalog
+    data = raw([(0, 1, 0), (0, 2, 0)])._replace(items=raw([(0, 0, 0), (0, 1, 0), (0, 2, 0)]).items)
+    log, catalog = settle(data, FEW, known)
+    with pytest.raises(ValueError, match=r"items \[0\] are no newcomers to a catalogue of 1 items"):
+        leave_out(log, catalog, known, pl.Series([0, 1], dtype=pl.UInt32))
+    with pytest.raises(DataError, match="all 2 events are of the 2 items; nothing is left"):
+        leave_out(log, catalog, known, pl.Series([1, 2], dtype=pl.UInt32))
 
 
 def test_events_of_known_items_need_no_metadata() -> None:

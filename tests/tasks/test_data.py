@@ -10,8 +10,9 @@ from components.artifacts import InteractionLog, ItemCatalog, SequenceSplit
 from components.config import Config
 from components.data.ingest import IngestConfig
 from components.data.splits import SplitConfig
-from tasks.data import ingest, ingest_onto, split_newcomers
-from tasks.tracking import open_store
+from components.embeddings import LsaConfig, encode_shard, fit_encoder
+from tasks.data import ingest, ingest_onto, set_aside, split_newcomers
+from tasks.tracking import open_store, start_pipeline
 
 OCTOBER = IngestConfig(until="2011-10-01")
 WEEKS = SplitConfig(protocol="by_time", until="2011-12-01", test_days=28)
@@ -64,6 +65,27 @@ def test_a_catalogue_that_did_not_grow_is_no_new_output(flyte_home: Path) -> Non
     assert catalog.fingerprint == known.fingerprint
     tags = stage("ingest_onto").data.tags
     assert tags["output.InteractionLog"] == log.fingerprint and "output.ItemCatalog" not in tags
+
+
+def test_a_newcomer_that_the_encoder_cannot_read_waits_and_nobody_else_does(flyte_home: Path) -> None:
+    """The necklace of St Tropez: no other article of October had one of these words."""
+    _, known = ingest(config=OCTOBER)
+    encoder = fit_encoder(known, LsaConfig(dim=16))
+    log, catalog = ingest_onto(catalog=known, config=IngestConfig())
+    pipeline = start_pipeline("new_items", "nights", OCTOBER)
+    kept = set_aside(log=log, catalog=catalog, known=known, encoder=encoder, run_id=pipeline)
+    (gone,) = set(catalog.items["raw_id"]) - set(kept.catalog.items["raw_id"])
+    assert gone == "90158" and kept.catalog.num_items == catalog.num_items - 1
+    assert kept.log.statistics["items_set_aside"] == 1
+    encode_shard(encoder, kept.catalog, 0, 1)
+    said = open_store().get_run(pipeline).data.tags["sidflow.set_aside.set_aside"]
+    assert "1 new items whose text the encoder cannot read: 90158 (ST TROPEZ NECKLACE); they come" in said
+    # Once more: there is nothing to set aside, so nothing is made and nothing is said.
+    again = set_aside(log=kept.log, catalog=kept.catalog, known=known, encoder=encoder)
+    assert again.log.fingerprint == kept.log.fingerprint
+    assert again.catalog.fingerprint == kept.catalog.fingerprint
+    tags = stage("set_aside").data.tags
+    assert "sidflow.set_aside" not in tags and "output.InteractionLog" not in tags
 
 
 @pytest.mark.parametrize("line", ["until: 2011-10-01", "until: 2011-10-01T00:00:00", "until: '2011-10-01'"])

@@ -57,7 +57,7 @@ def planted_settings(planted_files: Path) -> Callable[..., PipelineConfig]:
 
 
 TRAINED, NIGHT, NEXT, QUIET = (datetime(2020, 12, day) for day in (1, 12, 23, 27))
-"""The growing catalogue has 48 items on the first day and six more on each of the next two; the last has only events."""
+"""The growing catalogue has more items on each of the first three days; on the last there are more events alone."""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,13 @@ def growing_settings(planted_settings: Callable[..., PipelineConfig]) -> Callabl
     def make(**changes: Any) -> PipelineConfig:
         values = {
             "ingest": {"source": grows.model_dump(), "k_core": 0},
+            "recommender": {
+                "model": {"kind": "causal", "dim": 32, "layers": 1, "heads": 2, "hidden": 64},
+                "loop": {"epochs": 12, "validate_every": 4},
+                "batch_size": 16,
+                "validation": {"users": 50},
+                "optim": {"lr": 0.01, "warmup_steps": 5},
+            },
             "promote": {"margin": 0.9, "resamples": 100},
             "drift": {"max_new_share": 0.15},
         }
