@@ -44,7 +44,7 @@ ablation: $(STAMP) ## compare arms over seeds, one table and one figure (PRESET=
 
 lineage: $(STAMP) ## show where a run came from and what came of it (RUN=<MLflow run id>, FIGURE=lineage.png)
 	@test -n "$(RUN)" || { echo "name the run: make lineage RUN=<MLflow run id>; make run and make ui show the ids"; exit 2; }
-	@$(BIN)/python -m workflows.lineage $(RUN) $(if $(FIGURE),--figure $(FIGURE))
+	@$(BIN)/python -m workflows.lineage $(RUN) $(if $(FIGURE),--figure "$(FIGURE)")
 
 reproduce: $(STAMP) ## run a finished run again and compare every artefact and metric (RUN=<MLflow run id>, HERE=1: today's code)
 	@test -n "$(RUN)" || { echo "name the run: make reproduce RUN=<MLflow run id>; make ui shows the ids"; exit 2; }
@@ -65,7 +65,8 @@ format: $(STAMP) ## rewrite the code in the project's format
 
 ui: $(STAMP) ## open MLflow over the local store on 127.0.0.1 (PORT=5000)
 	@echo "MLflow on http://127.0.0.1:$(PORT) - stop with Ctrl-C"
-	@$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(CURDIR)/.sidflow/mlflow.db
+	@$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$${SIDFLOW_HOME:-$(CURDIR)/.sidflow}/mlflow.db}"
 
 bench: $(STAMP) ## run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/decode.py

@@ -566,7 +566,7 @@ class Bundle(Artifact):
 class Promotion(Artifact):
     """What became of a model in the registry, and why.
 
-    ``version`` of the registered ``model``; whether it holds the ``alias`` now, and the ``reason`` in a sentence.
+    ``version`` of the registered ``model``; whether the ``alias`` moved to it, and the ``reason`` in a sentence.
     ``figures``: value of the new model and of the champion, their paired difference and its interval, as far as known.
     ``bundle`` and ``split`` are fingerprints.
     """

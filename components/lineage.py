@@ -40,8 +40,8 @@ class Step:
     """Name of that run; its first word is the stage."""
     started: int
     """Milliseconds since 1970."""
-    read: tuple[Named, ...] = ()
-    """Artefacts that it took."""
+    read: Mapping[Named, str] = field(default_factory=dict)
+    """Artefacts that it took, each with the run that had made it, "" where none is known."""
     made: tuple[Named, ...] = ()
     """Artefacts that came out."""
     raw: tuple[Named, ...] = ()
@@ -58,22 +58,20 @@ class Lineage:
     """By run."""
     asked: frozenset[str] = frozenset()
     """Runs that were asked for."""
-    strangers: frozenset[Named] = frozenset()
-    """Artefacts that were read and that no run is known to have made: given by hand, or of another store."""
     parents: Mapping[str, tuple[str, ...]] = field(init=False)
-    """Run to the runs whose artefacts it read, in the order in which it names them."""
+    """Run to the runs whose artefacts it read, in the order in which it names them. None began later than the run, so
+    nothing stands on itself."""
 
     def __post_init__(self) -> None:
-        maker = {made: step.run_id for step in self._in_time() for made in step.made}
+        order = {step.run_id: place for place, step in enumerate(self.in_order())}
         parents = {
-            step.run_id: tuple(
-                dict.fromkeys(maker[r] for r in step.read if maker.get(r, step.run_id) != step.run_id)
-            )
-            for step in self.steps.values()
+            run: tuple(p for p in dict.fromkeys(step.read.values()) if order.get(p, len(order)) < order[run])
+            for run, step in self.steps.items()
         }
         object.__setattr__(self, "parents", parents)
 
-    def _in_time(self) -> list[Step]:
+    def in_order(self) -> list[Step]:
+        """Return the steps in the order of time, each behind those that it stands on."""
         return sorted(self.steps.values(), key=lambda step: (step.started, step.run_id))
 
     def before(self) -> set[str]:
@@ -113,16 +111,6 @@ class Lineage:
             above[step.run_id] = set(parents).union(*(above[parent] for parent in parents))
         return above
 
-    def in_order(self) -> list[Step]:
-        """Return the steps so that each stands behind those that it stands on, otherwise in time."""
-        done: dict[str, Step] = {}
-        waiting = self._in_time()
-        while waiting:
-            ready = [step for step in waiting if all(parent in done for parent in self.parents[step.run_id])]
-            done |= {step.run_id: step for step in ready}
-            waiting = [step for step in waiting if step.run_id not in done]
-        return list(done.values())
-
 
 def lineage_tree(lineage: Lineage) -> Tree:
     """Lay a lineage out for a terminal, from the raw files down.
@@ -136,22 +124,20 @@ def lineage_tree(lineage: Lineage) -> Tree:
     nodes: dict[str, Tree] = {}
     above_of: dict[str, set[str]] = {}
     shown: Counter[tuple[str, str]] = Counter()
-    hidden: Counter[tuple[str, str]] = Counter()
+    hidden: dict[str, tuple[str, str]] = {}
     chain = lineage.asked | before
     for step in lineage.in_order():
         parents = lineage.parents[step.run_id]
         if parents:
             deepest = max(parents, key=lambda run: depths[run])
-            if deepest not in nodes:
-                continue  # below one of many alike that are not shown
-            alike = deepest, step.name.split()[0]
-            if shown[alike] >= ALIKE and step.run_id not in chain:
-                hidden[alike] += 1
+            alike = hidden.get(deepest, (deepest, step.name.split()[0]))
+            if deepest in hidden or (shown[alike] >= ALIKE and step.run_id not in chain):
+                hidden[step.run_id] = alike
                 continue
             shown[alike] += 1
             branch, above = nodes[deepest], above_of[deepest] | {deepest}
         else:
-            given = step.raw or tuple(read for read in step.read if read in lineage.strangers)
+            given = step.raw or tuple(artifact for artifact, maker in step.read.items() if not maker)
             if given not in roots:
                 title = ", ".join(map(str, given)) or "nothing known"
                 roots[given] = view.add(Text(title, style="cyan"))
@@ -160,8 +146,8 @@ def lineage_tree(lineage: Lineage) -> Tree:
         others = [lineage.steps[run].name for run in parents if run not in above]
         style = "bold" if step.run_id in lineage.asked else "green" if step.run_id in after else ""
         nodes[step.run_id] = branch.add(_line(step, others, style))
-    for (run, stage), count in hidden.items():
-        nodes[run].add(Text(f"{count} more {stage}", style="dim"))
+    for (run, stage), count in Counter(hidden.values()).items():
+        nodes[run].add(Text(f"{count} more: {stage} and what came of it", style="dim"))
     return view
 
 
@@ -184,7 +170,14 @@ def lineage_figure(lineage: Lineage) -> Figure:
     """Draw the steps from left to right, each in the column behind the last that it stands on.
 
     An arrow that a longer way implies is left out: of a table, its tokenizer and their embeddings one line is drawn.
+
+    Raises
+    ------
+    ValueError
+        There is no step to draw.
     """
+    if not lineage.steps:
+        raise ValueError("nothing to draw: no stage of this run finished")
     depths, after, above = lineage.depths(), lineage.after(), lineage.ancestors()
     columns: dict[int, list[Step]] = {}
     for step in lineage.in_order():

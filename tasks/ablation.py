@@ -56,12 +56,12 @@ def gather_ablation(
     """
     with tracked("gather_ablation", None, run_id, [*reports, *collisions, *recommenders]) as run:
         result = arms.ablate(_measured(runs, reports, collisions, recommenders))
-        figure = ablation_figure(result)
-        show(run, "Ablation", ablation_page(result, figure))
+        run.output(result)
         run.metrics(arms.headline(result))
+        figure = ablation_figure(result)
         run.figure("ablation", figure)
         run.text("ablation.md", markdown_table(result))
-        run.output(result)
+        show(run, "Ablation", ablation_page, result, figure)
         return result
 
 

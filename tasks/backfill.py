@@ -102,7 +102,7 @@ def record_windows(run_id: str, windows: Sequence[Window], comparisons: Sequence
         )
     run.text("windows.md", note)
     run.text("windows.csv", values.write_csv())
-    show(run, "Windows", windows_page(windows, values))
+    show(run, "Windows", windows_page, windows, values)
     record_result(run_id, {}, note, figure)
     run.flush()
     return values

@@ -7,7 +7,6 @@ from flytekit import task
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from components.artifacts import (
     Bundle,
@@ -24,12 +23,9 @@ from components.metrics.promotion import PromoteConfig
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.references import MLFLOW, address_of, locate
-from tasks.runs import everywhere, maker_of, open_store
+from tasks.runs import CHAMPION, everywhere, maker_of, open_store, version_in_use
 from tasks.store import fetch
 from tasks.tracking import StageRun, tracked
-
-OPENED = "sidflow.champion"
-"""Tag of a run, and of its pipeline's: the version that it opened, or that there was none."""
 
 Kind = TypeVar("Kind", bound=Artifact)
 
@@ -123,12 +119,9 @@ def in_use(client: MlflowClient, config: PromoteConfig) -> InUse | None:
     ArtifactError
         Its bundle is neither on this machine nor in the registry.
     """
-    try:
-        version = client.get_model_version_by_alias(config.model, config.alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
-            return None
-        raise
+    version = version_in_use(client, config.model, config.alias)
+    if version is None:
+        return None
     return InUse(version, Bundle.load(fetch(locate(_reference(version), Bundle.kind()))))
 
 
@@ -142,17 +135,18 @@ def trained_table(client: MlflowClient, sids: SidTable) -> SidTable:
     ArtifactError
         No run is known to have made the table or one on the way, or its folder is gone.
     """
-    experiments, table = everywhere(client), Named(SidTable.kind(), sids.fingerprint)
-    while True:
+    experiments, table, way = everywhere(client), Named(SidTable.kind(), sids.fingerprint), set[Named]()
+    while table not in way:
+        way.add(table)
         maker = maker_of(client, experiments, table)
-        if maker is None:
-            raise ArtifactError(
-                f"no finished run is known to have made {table}, so nobody can say which training the names of "
-                f"{sids.num_items} items go back to: train again (workflows/retrain.py)"
-            )
-        if maker.data.tags["sidflow.stage"] != "extend_sids":
+        if maker is not None and maker.data.tags["sidflow.stage"] != "extend_sids":
             return SidTable.load(fetch(address_of(table, maker)))
-        table = Named(SidTable.kind(), maker.data.tags[f"parent.{SidTable.kind()}"])
+        if maker is not None:
+            table = Named(SidTable.kind(), maker.data.tags[f"parent.{SidTable.kind()}"])
+    raise ArtifactError(
+        f"no finished run is known to have made {table}, so nobody can say which training the names of "
+        f"{sids.num_items} items go back to: train again (workflows/retrain.py)"
+    )
 
 
 def _load(client: MlflowClient, kind: type[Kind], fingerprint: str) -> Kind:
@@ -175,7 +169,7 @@ def _reference(version: ModelVersion) -> str:
 def _note(run: StageRun, opened: str) -> None:
     """Say what was opened, in this run and in that of its pipeline, which another day would start elsewhere."""
     for run_id in filter(None, (run.run_id, run.pipeline)):
-        run.client.set_tag(run_id, OPENED, opened)
+        run.client.set_tag(run_id, CHAMPION, opened)
     run.say(f"champion: {opened}")
 
 

@@ -55,8 +55,8 @@ def ingest(config: IngestConfig, run_id: str = "") -> Ingested:
     """
     with tracked("ingest", config, run_id) as run:
         log, catalog = reading.ingest(config)
-        _tell_log(run, config, log, catalog)
         run.output(log, catalog)
+        _tell_log(run, config, log, catalog)
         return Ingested(log, catalog)
 
 
@@ -73,10 +73,10 @@ def ingest_onto(
     """
     with tracked("ingest_onto", config, run_id, [catalog]) as run:
         log, grown = reading.ingest(config, catalog)
-        _tell_log(run, config, log, grown)
-        run.say(f"{grown.num_items - catalog.num_items:,} items are new")
         # A catalogue that did not grow was made by an earlier run.
         run.output(*([log] if grown is catalog else [log, grown]))
+        _tell_log(run, config, log, grown)
+        run.say(f"{grown.num_items - catalog.num_items:,} items are new")
         return Ingested(log, grown)
 
 
@@ -85,7 +85,7 @@ def _tell_log(run: StageRun, config: IngestConfig, log: InteractionLog, catalog:
         run.dataset(source["name"], source["sha256"], config.source.model_dump_json(), "raw")
     run.metrics({k: v for k, v in log.statistics.items() if isinstance(v, int | float)})
     run.say(f"{len(log.events):,} events, {log.num_users:,} users, {catalog.num_items:,} items")
-    show(run, "Data", data_page(log, catalog))
+    show(run, "Data", data_page, log, catalog)
 
 
 @task(**runtime.CPU)
@@ -144,8 +144,8 @@ def split(
     """
     with tracked("split", config, run_id, [log, catalog]) as run:
         held = splits.hold_out(log, catalog, config)
-        _tell_split(run, held, log, catalog)
         run.output(held)
+        _tell_split(run, held, log, catalog)
         return held
 
 
@@ -168,8 +168,8 @@ def split_newcomers(
     """
     with tracked("split_newcomers", config, run_id, [log, catalog, known]) as run:
         held = splits.hold_out(log, catalog, config, known)
-        _tell_split(run, held, log, catalog)
         run.output(held)
+        _tell_split(run, held, log, catalog)
         return held
 
 
@@ -177,7 +177,7 @@ def _tell_split(run: StageRun, held: SequenceSplit, log: InteractionLog, catalog
     figures = {"test_users": len(held.test), "cold_items": len(held.cold)}
     run.metrics({"training_targets": held.num_training_targets} | figures)
     run.say(f"{held.num_training_targets:,} training targets, {len(held.test):,} test users")
-    show(run, "Split", split_page(held, log, catalog))
+    show(run, "Split", split_page, held, log, catalog)
 
 
 @task(**runtime.CPU, cache=runtime.cached("1"))
@@ -247,7 +247,7 @@ def assemble_embeddings(
     """
     with tracked("assemble_embeddings", None, run_id, [*shards, catalog, encoder]) as run:
         whole = embeddings.assemble(shards, catalog, encoder)
-        run.say(f"{whole.matrix.shape[0]:,} vectors of width {whole.matrix.shape[1]}")
-        show(run, "Embeddings", embeddings_page(whole, catalog))
         run.output(whole)
+        run.say(f"{whole.matrix.shape[0]:,} vectors of width {whole.matrix.shape[1]}")
+        show(run, "Embeddings", embeddings_page, whole, catalog)
         return whole

@@ -122,7 +122,7 @@ def evaluate_baselines(
         return report
 
 
-@task(**runtime.GPU, **runtime.DECK, cache=runtime.cached("3"))
+@task(**runtime.GPU, **runtime.DECK, cache=runtime.cached("4"))
 def evaluate_recommender(
     name: str,
     recommender: Annotated[RecommenderCheckpoint, by_content],
@@ -152,7 +152,7 @@ def evaluate_recommender(
         if ranks is None:
             raise ValueError(NOT_EXACT)
         lists = functools.cache(functools.partial(ranks, split.test))  # by the treatment of seen items
-        details: dict[str, Any] = {"decode": config.decode}
+        details: dict[str, Any] = {"decode": config.decode, "recommender": recommender.fingerprint}
         if config.decode == "beam" and exact is not None:
             lost = beam_loss(lists, exact, split, config)
             details["beam_loss"] = [{"method": name} | row for row in lost]
@@ -163,8 +163,8 @@ def evaluate_recommender(
         record_method(run, name, report)
         shown = config.blocks[0]
         items = lists(shown == "excluded").items.cpu().numpy()
-        show(run, "Results", results_page(name, report, split, catalog, items, shown))
         run.output(report)
+        show(run, "Results", results_page, name, report, split, catalog, items, shown)
         return report
 
 
@@ -181,8 +181,7 @@ def compare_reports(
     """
     with tracked("compare_reports", config, run_id, reports) as run:
         comparison = comparing.compare(reports, config)
-        figure = comparison_figure(comparison)
-        show(run, "Comparison", comparison_page(comparison))
-        run.figure("comparison", figure)
         run.output(comparison)
+        run.figure("comparison", comparison_figure(comparison))
+        show(run, "Comparison", comparison_page, comparison)
         return comparison

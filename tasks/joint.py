@@ -55,14 +55,12 @@ def fit_jointly(
     both = JointConfig(recommender=recipe, joint=config)
     with tracked(f"fit_jointly {name}".strip(), both, run_id, [split, embeddings, tokenizer, sids]) as run:
         result = train_jointly(split, embeddings, tokenizer, sids, both, run.log, *resumable())
-        run.finish_training(result.recommender.metrics)
-        if result.collapsed:
-            run.mark("collapsed", result.collapsed)
         tokenizer, table, recommender, collapsed = result
-        top = [("kind", recipe.model.kind), ("epoch kept", str(recommender.epoch))]
-        page = training_page(
-            "Joint training", run.history, recommender.metrics, recommender.step, top, collapsed or ""
-        )
-        show(run, "Joint", page)
         run.output(tokenizer, table, recommender)
+        run.finish_training(recommender.metrics)
+        if collapsed:
+            run.mark("collapsed", collapsed)
+        top = [("kind", recipe.model.kind), ("epoch kept", str(recommender.epoch))]
+        about = ("Joint training", run.history, recommender.metrics, recommender.step, top, collapsed or "")
+        show(run, "Joint", training_page, *about)
         return Joint(tokenizer, table, recommender)

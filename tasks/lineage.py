@@ -1,7 +1,7 @@
 """Lineage as MLflow holds it: steps are runs, tied together by the fingerprints of what they read and made."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -9,7 +9,7 @@ from mlflow.entities import Run
 from components.lineage import Lineage, Named, Step
 from components.metrics.compare import short
 from components.metrics.report import BASELINES
-from tasks.runs import everywhere, get_run, maker_of, open_store, readers_of, stages_of, tagged
+from tasks.runs import everywhere, get_run, maker_of, open_store, readers_of, sources_of, stages_of, tagged
 
 RAW = "raw"
 """Context in which the run of an ingestion names its raw files."""
@@ -27,72 +27,58 @@ def lineage_of(run_id: str) -> Lineage:
     run = get_run(client, run_id)
     if "sidflow.workflow" not in run.data.tags:
         return _with_readers(client, trace(client, [], [run]))
-    finished = [stage for stage in stages_of(client, run) if stage.info.status == "FINISHED"]
-    return _with_readers(client, trace(client, _produced(run), finished, pipeline=run))
+    return _with_readers(client, trace(client, _produced(run), stages_of(client, run), pipeline=run))
 
 
 def trace(
     client: MlflowClient, artifacts: Iterable[Named], asked: Iterable[Run] = (), pipeline: Run | None = None
 ) -> Lineage:
-    """Follow artefacts back to the raw files.
+    """Follow artefacts, and what runs read, back to the raw files.
 
     Parameters
     ----------
     client : MlflowClient
         The store.
     artifacts : iterable of Named
-        Where to start.
+        Where to start: what the asked runs made, or what the latest runs of the store did.
     asked : iterable of Run
         Stages that the lineage is asked for; they belong to it whatever they made.
     pipeline : Run, optional
         The run of an execution: earlier stages whose results it took from Flyte's cache are asked for as well.
     """
     experiments = everywhere(client)
-    runs = {run.info.run_id: run for run in asked}
-    waiting = [*artifacts, *(read for run in runs.values() for read in tagged(run.data.tags, "parent"))]
-    known = {made for run in runs.values() for made in tagged(run.data.tags, "output")}
-    strangers: set[Named] = set()
-    while waiting:
-        artifact = waiting.pop()
-        if artifact in known or artifact in strangers:
-            continue
-        maker = maker_of(client, experiments, artifact)
-        if maker is None:
-            strangers.add(artifact)
-            continue
-        runs[maker.info.run_id] = maker
-        known |= {artifact, *tagged(maker.data.tags, "output")}
-        waiting += tagged(maker.data.tags, "parent")
-    own = {run.info.run_id for run in asked}
+    waiting = [*asked]
+    own = {run.info.run_id for run in waiting}
     if pipeline is not None:
-        own |= {
-            run for key, run in pipeline.data.tags.items() if key.startswith("produced_by.")
-        } & runs.keys()
-    return _lineage(client, runs.values(), own, strangers)
+        answered = {run for key, run in pipeline.data.tags.items() if key.startswith("produced_by.")} - own
+        waiting += [get_run(client, run_id) for run_id in sorted(answered)]
+        own |= answered
+    made = {artifact for run in waiting for artifact in tagged(run.data.tags, "output")}
+    waiting += [run for a in artifacts if a not in made and (run := maker_of(client, experiments, a))]
+    steps: dict[str, Step] = {}
+    while waiting:
+        run = waiting.pop()
+        if run.info.run_id not in steps:
+            step = steps[run.info.run_id] = _step(client, experiments, run)
+            waiting += [get_run(client, maker) for maker in set(step.read.values()) - steps.keys() if maker]
+    return Lineage(steps, frozenset(own))
 
 
 def _with_readers(client: MlflowClient, before: Lineage) -> Lineage:
     """Add everything that came of what was asked for."""
     experiments, steps = everywhere(client), dict(before.steps)
-    waiting = [made for run in before.asked for made in steps[run].made]
-    seen: set[Named] = set()
+    waiting = list(before.asked)
     while waiting:
-        artifact = waiting.pop()
-        if artifact in seen:
-            continue
-        seen.add(artifact)
-        for reader in readers_of(client, experiments, artifact):
-            if reader.info.run_id not in steps:
-                steps[reader.info.run_id] = _step(client, reader)
-                waiting += steps[reader.info.run_id].made
-    return Lineage(steps, before.asked, before.strangers)
-
-
-def _lineage(
-    client: MlflowClient, runs: Iterable[Run], asked: Iterable[str], strangers: Iterable[Named]
-) -> Lineage:
-    steps = {run.info.run_id: _step(client, run) for run in runs}
-    return Lineage(steps, frozenset(asked), frozenset(strangers))
+        maker = waiting.pop()
+        for artifact in steps[maker].made:
+            for reader in readers_of(client, experiments, artifact):
+                if reader.info.run_id in steps:
+                    continue
+                step = _step(client, experiments, reader)
+                if step.read[artifact] == maker:
+                    steps[step.run_id] = step
+                    waiting.append(step.run_id)
+    return Lineage(steps, before.asked)
 
 
 def _produced(pipeline: Run) -> list[Named]:
@@ -104,7 +90,7 @@ def _produced(pipeline: Run) -> list[Named]:
     return [Named(found[1], value) for found, value in named if found]
 
 
-def _step(client: MlflowClient, run: Run) -> Step:
+def _step(client: MlflowClient, experiments: Sequence[str], run: Run) -> Step:
     datasets = run.inputs.dataset_inputs if run.inputs else []
     raw = [
         Named(entry.dataset.name, entry.dataset.digest)
@@ -115,7 +101,7 @@ def _step(client: MlflowClient, run: Run) -> Step:
         run_id=run.info.run_id,
         name=run.info.run_name,
         started=run.info.start_time,
-        read=tuple(tagged(run.data.tags, "parent")),
+        read=sources_of(client, experiments, run),
         made=tuple(tagged(run.data.tags, "output")),
         raw=tuple(raw),
         note=_note(client, run),

@@ -25,7 +25,7 @@ from components.artifacts import (
     SidTable,
     TokenizerCheckpoint,
 )
-from components.folders import Provenance
+from components.folders import ArtifactError, Provenance
 from components.recommenders.serving import training_popularity
 from tasks import runtime
 from tasks.flyte_types import by_content
@@ -42,8 +42,6 @@ REQUIREMENTS = (
     "pydantic",
     "pyyaml",
     "safetensors",
-    "scikit-learn",
-    "scipy",
 )
 """What the model imports when it serves; pinned to the versions that trained it."""
 
@@ -69,6 +67,11 @@ SIGNATURE = ModelSignature(
 )
 
 
+def requirements() -> list[str]:
+    """Pin what the model imports to public versions: a build of one's own, as 2.13.0+cpu, is in no package index."""
+    return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+
+
 def log_bundle(run: StageRun, bundle: Bundle) -> str:
     """Log a bundle as a pyfunc model of a run, without pickling anything, and return its ``models:/`` URI."""
     with fluent(run), warnings.catch_warnings():
@@ -80,7 +83,7 @@ def log_bundle(run: StageRun, bundle: Bundle) -> str:
             artifacts={"bundle": str(keep(bundle))},
             code_paths=[str(Path(components.__file__).parent)],
             signature=SIGNATURE,
-            pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+            pip_requirements=requirements(),
             metadata={BUNDLE: bundle.fingerprint},
             tags={BUNDLE: bundle.fingerprint} | kinds("part", bundle.parts.values()),
         )
@@ -98,14 +101,30 @@ def measure_model(run_id: str, bundle: Bundle, figures: Mapping[str, float]) -> 
         What was logged, now or in the execution that Flyte's cache answered from.
     figures : mapping of str to float
         Metrics by name, on the split that the bundle came from.
+
+    Raises
+    ------
+    ArtifactError
+        The bundle does not say which split that is.
     """
-    client = open_store()
-    if not run_id or (model := find_logged(client, bundle)) is None:
+    if not run_id:
         return
+    client = open_store()
+    run, model = StageRun(client, run_id, "pipeline"), find_logged(client, bundle)
+    if model is None:
+        run.mark(
+            "model_not_logged",
+            f"MLflow has no logged model of Bundle {bundle.fingerprint[:12]}: no figures there",
+        )
+        return
+    split = bundle.provenance.parents.get("SequenceSplit")
+    if split is None:
+        raise ArtifactError(
+            f"Bundle {bundle.fingerprint[:12]} names no SequenceSplit among its parents, so nobody can say what its "
+            "figures were measured on: bundle it again (log_model)"
+        )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    split = bundle.provenance.parents["SequenceSplit"]
-    place = str(stored_at("SequenceSplit", split))
-    StageRun(client, run_id, "pipeline").dataset("SequenceSplit", split, place, "evaluation")
+    run.dataset("SequenceSplit", split, str(stored_at("SequenceSplit", split)), "evaluation")
     about = {"model_id": model.model_id, "dataset_name": "SequenceSplit", "dataset_digest": split[:DIGEST]}
     now = int(time.time() * 1000)
     client.log_batch(
@@ -120,7 +139,7 @@ def find_logged(client: MlflowClient, bundle: Bundle) -> LoggedModel | None:
     return found[0] if found else None
 
 
-@task(**runtime.CPU, cache=runtime.cached("2"))
+@task(**runtime.CPU, cache=runtime.cached("3"))
 def log_model(
     name: str,
     catalog: Annotated[ItemCatalog, by_content],

@@ -16,11 +16,13 @@ from components.artifacts import (
 from components.config import require
 from components.metrics import drift as drifting
 from components.metrics.drift import DriftConfig
+from components.pages.names import churn_page, drift_page
 from components.recommenders import extend as binding
 from components.tokenizers import matching
 from components.tokenizers.extend import extend
 from components.tokenizers.sids import SidConfig
 from tasks import runtime
+from tasks.decks import show
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
@@ -94,7 +96,7 @@ def extend_recommender(
         return extended
 
 
-@task(**runtime.CPU, cache=runtime.cached("1", "name"))
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("2", "name"))
 def report_drift(
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
     trained: Annotated[SidTable, by_content],
@@ -121,16 +123,17 @@ def report_drift(
     read = [tokenizer, trained, grown, embeddings, *reports]
     with tracked(f"report_drift {name}".strip(), config, run_id, read) as run:
         report = drifting.drift(tokenizer, embeddings, trained, grown, config, next(iter(reports), None))
+        run.output(report)
         run.metrics(report.figures)
         run.text("drift.md", drifting.markdown_table(report))
-        run.output(report)
         run.say(report.verdict)
         if report.reasons:
             run.mark("retraining_due", "; ".join(report.reasons))
+        show(run, "Names", drift_page, report)
         return report
 
 
-@task(**runtime.CPU, cache=runtime.cached("1", "name"))
+@task(**runtime.CPU, **runtime.DECK, cache=runtime.cached("1", "name"))
 def match_names(
     old: Annotated[SidTable, by_content],
     tokenizer: Annotated[TokenizerCheckpoint, by_content],
@@ -149,11 +152,12 @@ def match_names(
     """
     with tracked(f"match_names {name}".strip(), None, run_id, [old, tokenizer, sids]) as run:
         matched = matching.match_names(old, tokenizer, sids)
+        run.output(*matched)
         for part, before, after in matched.churn.changes.iter_rows():
             run.metrics({f"churn/{part}/before": before, f"churn/{part}/after": after})
         run.say(
             f"{matched.churn.share('SID', 'before'):.1%} of {old.num_items:,} items renamed by retraining, "
             f"{matched.churn.share('SID'):.1%} after matching"
         )
-        run.output(*matched)
+        show(run, "Names", churn_page, matched.churn)
         return Named(*matched)

@@ -24,16 +24,17 @@ from components.training.loop import device_of
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.model import find_logged, log_bundle
-from tasks.references import locate
-from tasks.runs import BUNDLE, DIGEST
+from tasks.origin import execution_tags
+from tasks.references import MLFLOW, locate
+from tasks.runs import BUNDLE, DIGEST, all_pages, everywhere_one_store, version_in_use, without_secrets
 from tasks.store import fetch
-from tasks.tracking import StageRun, everywhere_one_store, tracked
+from tasks.tracking import StageRun, tracked
 
-DECISION, REASON = "sidflow.decision", "sidflow.reason"
-"""Tags of a registered version: pending, promoted, refused, abandoned or failed; and why."""
+DECISION, REASON, EXECUTION = "sidflow.decision", "sidflow.reason", "sidflow.execution"
+"""Tags of a registered version: pending, promoted, refused, abandoned or failed; why; and who registered it."""
 PENDING = "pending"
-_GLANCE = 0.5
-"""Seconds between two looks at the promotions that began earlier."""
+FIRST_LOOK, LAST_LOOK = 0.2, 10.0
+"""Seconds between two looks at the promotions that began earlier, at first and at most."""
 
 
 @task(**runtime.GPU)
@@ -58,36 +59,97 @@ def promote(
     """
     with tracked("promote", config, run_id, [bundle, report, split]) as run:
         require(
-            report.split == split.fingerprint and split.catalog == bundle.catalog.fingerprint,
-            "promote: bundle, report and split must be of one catalogue and one split; take them of the same run",
+            report.split == split.fingerprint
+            and split.catalog == bundle.catalog.fingerprint
+            and report.details.get("recommender") == bundle.recommender.fingerprint,
+            "promote: the report must be of this bundle's recommender and of this split, and the split of its "
+            "catalogue; take all three of the same run",
         )
-        champion = _champion(run.client, config)
-        if champion is not None and champion.tags.get(BUNDLE) == bundle.fingerprint:
-            kept = Decision(False, f"kept: version {champion.version} is the champion already", {})
-            return _result(run, config, bundle, report, champion, kept)
-        version = _register(run, bundle, config)
+        version = _own(run, bundle, config)
+        champion = version_in_use(run.client, config.model, config.alias)
+        if version is None and champion is not None and champion.tags.get(BUNDLE) == bundle.fingerprint:
+            return _result(run, config, bundle, report, champion, _kept(champion))
+        version = version or _register(run, bundle, config)
         try:
             _wait_for_earlier(run, version, config)
-            champion = _champion(run.client, config)
-            if champion is not None:
-                report = _with_champion(bundle, split, report, config)
-            decision = decide(report, config, f"version {champion.version}" if champion else "")
-            if decision.promoted:
-                run.client.set_registered_model_alias(config.model, config.alias, version.version)
+            decision = _decide(run, bundle, split, report, version, config)
         except BaseException as error:
-            _note(run.client, version, "failed", f"failed: {error}")
+            _note(run.client, version, "failed", f"failed: {type(error).__name__}: {error}")
             raise
-        _note(run.client, version, "promoted" if decision.promoted else "refused", decision.reason)
         return _result(run, config, bundle, report, version, decision)
 
 
-def _champion(client: MlflowClient, config: PromoteConfig) -> ModelVersion | None:
-    try:
-        return client.get_model_version_by_alias(config.model, config.alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
-            return None
-        raise
+def _decide(
+    run: StageRun,
+    bundle: Bundle,
+    split: SequenceSplit,
+    report: EvaluationReport,
+    version: ModelVersion,
+    config: PromoteConfig,
+) -> Decision:
+    """Compare with the champion of this moment and move the alias, unless somebody else moved it meanwhile."""
+    client = run.client
+    while True:
+        champion = version_in_use(client, config.model, config.alias)
+        if champion is not None and champion.version == version.version:
+            # An attempt before this one moved the alias and did not get to say so.
+            decision = Decision(True, version.tags.get(REASON, "promoted by an attempt that broke"), {})
+            _note(client, version, "promoted", decision.reason)
+            return decision
+        if champion is not None and champion.tags.get(BUNDLE) == bundle.fingerprint:
+            decision = _kept(champion)
+            _note(client, version, "refused", decision.reason)
+            return decision
+        both = report if champion is None else _with_champion(bundle, split, report, champion)
+        decision = decide(both, config, f"version {champion.version}" if champion else "")
+        if not decision.promoted:
+            _note(client, version, "refused", decision.reason)
+            return decision
+        # Nothing here is atomic, so look again at the last moment: at the alias, which people move by hand, and at
+        # ourselves, whom a later promotion may have given up.
+        if _same(version_in_use(client, config.model, config.alias), champion):
+            require(
+                _decision(client, version) == PENDING,
+                f"promote: version {version.version} was given up by a later promotion after "
+                f"promote.patience_minutes {config.patience_minutes:g}: promote it again, with more patience",
+            )
+            client.set_model_version_tag(version.name, version.version, REASON, decision.reason)
+            client.set_registered_model_alias(config.model, config.alias, version.version)
+            _note(client, version, "promoted", decision.reason)
+            return decision
+        run.say(f"@{config.alias} was moved meanwhile: comparing with the new one")
+
+
+def _kept(champion: ModelVersion) -> Decision:
+    return Decision(False, f"kept: version {champion.version}, the champion, is the same model", {})
+
+
+def _same(one: ModelVersion | None, other: ModelVersion | None) -> bool:
+    return (one and one.version) == (other and other.version)
+
+
+def _decision(client: MlflowClient, version: ModelVersion) -> str:
+    return str(client.get_model_version(version.name, version.version).tags.get(DECISION, ""))
+
+
+def _own(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVersion | None:
+    """Return the version that an earlier attempt of this very promotion left, put back into the queue."""
+    mine = {BUNDLE: bundle.fingerprint, EXECUTION: _execution(run)}
+    for version in _versions(run.client, config):
+        if mine.items() <= version.tags.items() and version.tags.get(DECISION) in (PENDING, "failed"):
+            run.client.set_model_version_tag(version.name, version.version, DECISION, PENDING)
+            run.say(f"{config.model} version {version.version}, which an earlier attempt registered")
+            return version
+    return None
+
+
+def _execution(run: StageRun) -> str:
+    """Name what all attempts at this promotion have in common."""
+    return run.pipeline or execution_tags("")["flyte.execution_id"]
+
+
+def _versions(client: MlflowClient, config: PromoteConfig) -> list[ModelVersion]:
+    return all_pages(client.search_model_versions, f"name = '{config.model}'", max_results=1000)
 
 
 def _register(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVersion:
@@ -105,7 +167,12 @@ def _register(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVers
             f"models:/{model_id}",
             run_id=maker,
             model_id=model_id,
-            tags={DECISION: PENDING, BUNDLE: bundle.fingerprint, "sidflow.promotion_run": run.run_id},
+            tags={
+                DECISION: PENDING,
+                BUNDLE: bundle.fingerprint,
+                EXECUTION: _execution(run),
+                "sidflow.promotion_run": run.run_id,
+            },
         )
     run.client.log_inputs(run.run_id, models=[LoggedModelInput(model_id)])
     run.say(f"{config.model} version {version.version}")
@@ -113,39 +180,35 @@ def _register(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVers
 
 
 def _wait_for_earlier(run: StageRun, mine: ModelVersion, config: PromoteConfig) -> None:
-    """Return once every promotion with a lower number has decided; one that never will is taken for dead."""
-    told = False
+    """Return once every promotion with a lower number has decided; one that never will is taken for dead.
+
+    Each has its patience from the moment that we saw it at the head of the queue.
+    """
+    head, since, pause = "", 0.0, FIRST_LOOK
     while True:
-        found = run.client.search_model_versions(f"name = '{config.model}'", max_results=1000)
-        oldest = time.time() * 1000 - config.patience_minutes * 60_000
-        earlier = [
-            version
-            for version in found
-            if int(version.version) < int(mine.version) and version.tags.get(DECISION) == PENDING
-        ]
-        for version in earlier:
-            if version.creation_timestamp < oldest:
-                _note(
-                    run.client,
-                    version,
-                    "abandoned",
-                    f"abandoned: no decision in {config.patience_minutes:g} minutes",
-                )
-        waiting = [int(version.version) for version in earlier if version.creation_timestamp >= oldest]
-        if not waiting:
+        pending = [v for v in _versions(run.client, config) if v.tags.get(DECISION) == PENDING]
+        earlier = sorted(
+            (v for v in pending if int(v.version) < int(mine.version)), key=lambda v: int(v.version)
+        )
+        if not earlier:
             return
-        if not told:
-            run.say(f"waiting for the promotion of version {', '.join(map(str, sorted(waiting)))}")
-            told = True
-        time.sleep(_GLANCE)
+        first = earlier[0]
+        if str(first.version) != head:
+            head, since, pause = str(first.version), time.monotonic(), FIRST_LOOK
+            run.say(f"waiting for the promotion of version {head}")
+        elif time.monotonic() - since > 60 * config.patience_minutes:
+            reason = f"abandoned: no decision in {config.patience_minutes:g} minutes"
+            _note(run.client, first, "abandoned", reason)
+            continue
+        time.sleep(pause)
+        pause = min(2 * pause, LAST_LOOK)
 
 
 def _with_champion(
-    bundle: Bundle, split: SequenceSplit, report: EvaluationReport, config: PromoteConfig
+    bundle: Bundle, split: SequenceSplit, report: EvaluationReport, version: ModelVersion
 ) -> EvaluationReport:
     """Let the champion rank the same test users, as it would answer them, and set it beside the new model."""
-    name = f"mlflow:{config.model}@{config.alias}"
-    champion = Bundle.load(fetch(locate(name, "Bundle")))
+    champion = Bundle.load(fetch(locate(f"{MLFLOW}{version.name}/{version.version}", Bundle.kind())))
     settings = EvaluateConfig.model_validate(report.details["config"])
     ranks = answers_of(BundleRanker(champion, device_of("auto")), bundle.catalog, settings.beams)
     return reporting.evaluate_recommender(CHAMPION, ranks, split, settings, report)
@@ -194,9 +257,10 @@ def _model_id(version: ModelVersion) -> str:
 
 
 def _note(client: MlflowClient, version: ModelVersion, decision: str, reason: str) -> None:
-    for key, value in ((DECISION, decision), (REASON, reason)):
-        client.set_model_version_tag(version.name, version.version, key, value[:5000])
-    client.update_model_version(version.name, version.version, description=reason[:5000])
+    reason = without_secrets(reason)[:5000]
+    client.update_model_version(version.name, version.version, description=reason)
+    for key, value in ((REASON, reason), (DECISION, decision)):
+        client.set_model_version_tag(version.name, version.version, key, value)
 
 
 def _result(

@@ -37,6 +37,7 @@ def fit_recommender(
     """
     with tracked(f"fit_recommender {name}".strip(), config, run_id, [split, sids, embeddings]) as run:
         checkpoint = train_recommender(split, sids, embeddings, config, run.log, *resumable())
+        run.output(checkpoint)
         run.finish_training(checkpoint.metrics)
         text = ""
         if (epoch := checkpoint.metrics.get(COLLAPSED_AT)) is not None:
@@ -46,7 +47,6 @@ def fit_recommender(
             )
             run.mark("collapsed", text)
         top = [("kind", config.model.kind), ("epoch kept", str(checkpoint.epoch))]
-        page = training_page("Recommender", run.history, checkpoint.metrics, checkpoint.step, top, text)
-        show(run, "Recommender", page)
-        run.output(checkpoint)
+        about = ("Recommender", run.history, checkpoint.metrics, checkpoint.step, top, text)
+        show(run, "Recommender", training_page, *about)
         return checkpoint

@@ -28,8 +28,17 @@ from mlflow.exceptions import MlflowException
 from components.artifacts import Bundle
 from components.folders import Artifact, ArtifactError
 from components.lineage import Named
-from tasks.runs import BUNDLE, everywhere, get_run, maker_of, open_store, stages_of, tagged, tracking_uri
-from tasks.store import is_remote, stored_at
+from tasks.runs import (
+    BUNDLE,
+    everywhere,
+    everywhere_one_store,
+    get_run,
+    open_store,
+    sources_of,
+    stages_of,
+    tagged,
+)
+from tasks.store import is_remote, local, stored_at
 
 MLFLOW = "mlflow:"
 FLYTE = "flyte://"
@@ -97,8 +106,14 @@ def _part_of_bundle(version: ModelVersion, kind: str) -> Path | None:
     folder = stored_at(Bundle.kind(), version.tags[BUNDLE])
     if not folder.is_dir():
         uri = f"models:/{version.name}/{version.version}"
-        model = Path(download_artifacts(uri, tracking_uri=tracking_uri()))
-        folder = model / "artifacts" / folder.name
+        try:
+            with everywhere_one_store():
+                folder = Path(download_artifacts(uri)) / "artifacts" / folder.name
+        except MlflowException as error:
+            raise ArtifactError(
+                f"{uri}: its Bundle is not on this machine, and its files at {version.source} cannot be read "
+                f"({error.message}): run the stage that logs the model again"
+            ) from error
     return folder / fields[kind] if kind in fields else folder
 
 
@@ -128,26 +143,30 @@ def _version(client: MlflowClient, named: str) -> ModelVersion:
 
 
 def _made_by(client: MlflowClient, run: Run, kind: str, name: str) -> str:
-    """Go from a run to what it made, then to those that made what it had read, until the kind appears."""
+    """Go from a run to what it made, then to what it had read, then to those that made that, until the kind appears."""
     experiments = everywhere(client)
-    makers = {by.info.run_id: by for by in [run, *stages_of(client, run), *_answered_from_cache(client, run)]}
-    visited: set[str] = set()
-    while makers:
-        fitting = {
-            made: by for by in makers.values() for made in tagged(by.data.tags, "output") if made.kind == kind
-        }
-        if len(fitting) == 1:
-            ((made, by),) = fitting.items()
-            return address_of(made, by)
-        if fitting:
-            names = "; ".join(f"mlflow:{by.info.run_id} ({by.info.run_name})" for by in fitting.values())
-            raise ArtifactError(
-                f"{name}: {len(fitting)} artefacts of the kind {kind}; name the stage: {names}"
-            )
-        visited |= makers.keys()
-        read = {parent for by in makers.values() for parent in tagged(by.data.tags, "parent")}
-        found = [by for parent in sorted(read) if (by := maker_of(client, experiments, parent))]
-        makers = {by.info.run_id: by for by in found if by.info.run_id not in visited}
+    level = {by.info.run_id: by for by in [run, *stages_of(client, run), *_answered_from_cache(client, run)]}
+    runs = dict(level)
+    while level:
+        made = {artifact: by for by in level.values() for artifact in tagged(by.data.tags, "output")}
+        sources = [sources_of(client, experiments, by) for by in level.values()]
+        makers = {maker for read in sources for maker in read.values() if maker}
+        level = {maker: get_run(client, maker) for maker in sorted(makers - runs.keys())}
+        runs |= level
+        taken = {artifact: runs.get(maker) for read in sources for artifact, maker in read.items()}
+        for candidates in (made, taken):
+            fitting = {artifact: by for artifact, by in candidates.items() if artifact.kind == kind}
+            if len(fitting) == 1:
+                ((artifact, by),) = fitting.items()
+                return address_of(artifact, by)
+            if fitting:
+                names = "; ".join(
+                    f"mlflow:{by.info.run_id} ({by.info.run_name})" if by else f"{artifact}, given by hand"
+                    for artifact, by in fitting.items()
+                )
+                raise ArtifactError(
+                    f"{name}: {len(fitting)} artefacts of the kind {kind}; name the stage: {names}"
+                )
     raise ArtifactError(
         f"{name}: run {run.info.run_name!r} neither made an artefact of the kind {kind} nor came from one"
     )
@@ -171,7 +190,7 @@ def address_of(artifact: Named, maker: Run | None) -> str:
     if folder.is_dir():
         return str(folder)
     noted = maker.data.tags.get(f"stored.{artifact.kind}", "") if maker else ""
-    if is_remote(noted):
+    if is_remote(noted) or (noted and local(noted).is_dir()):
         return noted
     left = (
         f"run {maker.info.run_id} left it in {noted or 'a place unknown'}"

@@ -8,6 +8,7 @@ import math
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,12 +34,10 @@ from tasks.home import home
 from tasks.lineage import lineage_of
 from tasks.origin import ROOT, code_tags, git, versions
 from tasks.references import address_of
-from tasks.runs import everywhere, get_run, maker_of, open_store, tagged
-from tasks.tracking import VERSIONS
+from tasks.runs import CHAMPION, everywhere, get_run, maker_of, open_store, tagged
+from tasks.tracking import NAME, VERSIONS, terminable
 
-CHAMPION_TAG = "sidflow.champion"
-"""Tag of a run that opened the champion."""
-REGISTRY = ("open_champion", "promote")
+REGISTRY = ("open_champion", "find_names", "promote")
 """Stages whose outcome depends on the registry."""
 TIMES = re.compile("second|memory")
 """Metrics that no second run has alike."""
@@ -68,8 +67,9 @@ class Reproduction(NamedTuple):
 
     @property
     def equal(self) -> bool:
-        """Whether everything came out equal."""
-        return all(line.equal for line in [*self.artifacts, *self.metrics])
+        """Whether everything came out equal, and there was something."""
+        lines = [*self.artifacts, *self.metrics]
+        return bool(lines) and all(line.equal for line in lines)
 
     @property
     def verdict(self) -> str:
@@ -108,10 +108,10 @@ def reproduce(run_id: str, *, here: bool = False) -> Reproduction:
     run = get_run(client, run_id)
     if run.info.status != "FINISHED":
         raise ValueError(f"run {run_id} ended {run.info.status}: only a finished run can be compared with")
-    if CHAMPION_TAG in run.data.tags:
+    if CHAMPION in run.data.tags:
         raise ValueError(
-            f"run {run_id} started from {run.data.tags[CHAMPION_TAG]}, the champion of its day, and may have "
-            "replaced it: reproduce its stages, which make lineage lists"
+            f"run {run_id} looked for a champion (found: {run.data.tags[CHAMPION]}) and may have made another: what it "
+            "does depends on the registry; reproduce its stages, which make lineage lists"
         )
     remarks = _differing_libraries(run)
     with _code_of(run, here, remarks) as tree, tempfile.TemporaryDirectory() as folder:
@@ -119,15 +119,16 @@ def reproduce(run_id: str, *, here: bool = False) -> Reproduction:
         repetition = _execute(command, tree)
     again = client.get_run(repetition)
     remarks += _differing_data(run_id, repetition)
+    made = _made(client, run)
     result = Reproduction(
         run_id,
         repetition,
-        _compare(_made(client, run), _made(client, again), lambda a, b: a == b),
+        _compare(made, _under_one_name(made, _made(client, again)), lambda a, b: a == b),
         _compare(_figures(run), _figures(again), lambda a, b: a == b or (math.isnan(a) and math.isnan(b))),
         remarks,
     )
     client.set_tag(repetition, "sidflow.reproduces", run_id)
-    client.set_tag(repetition, "sidflow.reproduction", " ".join([result.verdict, *remarks]))
+    client.set_tag(repetition, "sidflow.reproduction", " ".join([result.verdict, *remarks])[:5000])
     return result
 
 
@@ -164,14 +165,22 @@ def _code_of(run: Run, here: bool, remarks: list[str]) -> Iterator[Path]:
             f"run {run.info.run_id} noted commit {commit}, which is not in {ROOT}: fetch it, or take the code that "
             "stands here with --here"
         )
-    tree = home() / "code" / commit
-    git("worktree", "prune")
-    if not tree.exists():
-        git("worktree", "add", "--detach", str(tree), commit)
+    (home() / "code").mkdir(parents=True, exist_ok=True)
+    # A tree of its own: another reproduction of the same commit removes its own.
+    tree = Path(tempfile.mkdtemp(prefix=f"{commit[:12]}-", dir=home() / "code"))
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--force", str(tree), commit],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     try:
+        if done.returncode:
+            raise RuntimeError(f"commit {commit} could not be checked out: {done.stderr.strip()}")
         yield tree
     finally:
         git("worktree", "remove", "--force", str(tree))
+        shutil.rmtree(tree, ignore_errors=True)
 
 
 def _command(client: MlflowClient, run: Run, tree: Path, folder: Path) -> list[str]:
@@ -182,12 +191,13 @@ def _command(client: MlflowClient, run: Run, tree: Path, folder: Path) -> list[s
     if workflow:
         # What a backfill takes beside its settings stands among them.
         days = {key: values.pop(key) for key in ("first", "last", "every_days") if key in values}
-        given = [part for key, value in days.items() for part in (f"--{key}", str(value).removesuffix("Z"))]
+        said = [part for key, value in days.items() for part in (f"--{key}", str(value).removesuffix("Z"))]
         path = folder / "config.json"
         path.write_text(json.dumps(values))
         script = str(tree / "workflows" / f"{workflow}.py")
-        return [pyflyte, "run", script, workflow, "--config", str(path), *given]
-    stage, _, label = run.info.run_name.partition(" ")
+        return [pyflyte, "run", script, workflow, "--config", str(path), *said]
+    # Not the run's name, which people may change.
+    stage, _, label = run.data.tags.get(NAME, run.info.run_name).partition(" ")
     task = _task(stage)
     options = []
     given = list(tagged(run.data.tags, "parent"))
@@ -277,14 +287,23 @@ def _execute(command: list[str], tree: Path) -> str:
         "PYTHONUNBUFFERED": "1",
     }
     named = ""
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    if tree != ROOT:
+        environment.pop("GIT_COMMIT", None)  # an image's own; the tree knows its commit
+    with (
+        terminable(),
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
         assert process.stdout is not None
-        for line in process.stdout:
-            sys.stdout.write(line)
-            if found := NAMED.search(line):
-                named = named or found[1]
+        try:
+            for line in process.stdout:
+                sys.stdout.write(line)
+                if found := NAMED.search(line):
+                    named = named or found[1]
+        except BaseException:
+            process.terminate()
+            raise
     if process.returncode or not named:
         raise RuntimeError(
             f"the repetition failed with exit status {process.returncode}; what it said stands above"
@@ -294,16 +313,22 @@ def _execute(command: list[str], tree: Path) -> str:
 
 def _differing_data(before: str, now: str) -> list[str]:
     """Compare the raw files behind two runs."""
-    files = [
-        {raw.kind: raw.fingerprint for step in lineage_of(run).steps.values() for raw in step.raw}
-        for run in (before, now)
-    ]
-    then, again = files
+    then, again = _raw_files(before), _raw_files(now)
     return [
         f"The data changed: {name} was {then.get(name, 'not read')}, is {again.get(name, 'not read')}."
         for name in sorted(then.keys() | again.keys())
         if then.get(name) != again.get(name)
     ]
+
+
+def _raw_files(run_id: str) -> dict[str, str]:
+    """Return digests by name of the raw files that a run stands on, and not of what was read later."""
+    lineage = lineage_of(run_id)
+    files: dict[str, set[str]] = {}
+    for run in lineage.asked | lineage.before():
+        for raw in lineage.steps[run].raw:
+            files.setdefault(raw.kind, set()).add(raw.fingerprint)
+    return {name: ", ".join(sorted(digests)) for name, digests in files.items()}
 
 
 def _made(client: MlflowClient, run: Run) -> dict[str, str]:
@@ -313,6 +338,22 @@ def _made(client: MlflowClient, run: Run) -> dict[str, str]:
     makers = {key: run.data.tags.get(f"produced_by.{key}", run.info.run_id) for key in made}
     started = {run_id: client.get_run(run_id).info.start_time for run_id in set(makers.values())}
     return {key: made[key] for key in sorted(made, key=lambda key: (started[makers[key]], key))}
+
+
+def _under_one_name(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Give what the repetition made the names of the original.
+
+    Of a stage that Flyte's cache answered, the run has the label of whoever ran it first.
+    """
+
+    def plain(key: str) -> str:
+        stage, _, kind = key.partition(".")
+        return f"{stage.split()[0]}.{kind}"
+
+    lost = {(plain(key), value): key for key, value in before.items() if key not in now}
+    return {
+        lost.get((plain(key), value), key) if key not in before else key: value for key, value in now.items()
+    }
 
 
 def _figures(run: Run) -> dict[str, float]:

@@ -9,6 +9,7 @@ from flytekit import task
 from components.artifacts import EvaluationReport, SasRecCheckpoint, SequenceSplit
 from components.metrics import report as reporting
 from components.metrics.report import EvaluateConfig, RankFn
+from components.pages.training import training_page
 from components.recommenders.full_ranking import Scorer, rank_exactly
 from components.recommenders.sasrec import load_sasrec
 from components.seams import Ranking
@@ -16,12 +17,13 @@ from components.training.loop import device_of
 from components.training.sasrec import SasRecStage, train_sasrec
 from tasks import runtime
 from tasks.checkpoints import resumable
+from tasks.decks import show
 from tasks.evaluation import record_method
 from tasks.flyte_types import by_content
 from tasks.tracking import tracked
 
 
-@task(**runtime.GPU, cache=runtime.cached("1", "name"))
+@task(**runtime.GPU, **runtime.DECK, cache=runtime.cached("1", "name"))
 def fit_sasrec(
     split: Annotated[SequenceSplit, by_content], config: SasRecStage, run_id: str = "", name: str = ""
 ) -> Annotated[SasRecCheckpoint, by_content]:
@@ -35,8 +37,10 @@ def fit_sasrec(
     """
     with tracked(f"fit_sasrec {name}".strip(), config, run_id, [split]) as run:
         checkpoint = train_sasrec(split, config, run.log, *resumable())
-        run.finish_training(checkpoint.metrics)
         run.output(checkpoint)
+        run.finish_training(checkpoint.metrics)
+        top = [("epoch kept", str(checkpoint.epoch))]
+        show(run, "SASRec", training_page, "SASRec", run.history, checkpoint.metrics, checkpoint.step, top)
         return checkpoint
 
 

@@ -1,6 +1,7 @@
 """Where artefacts are kept: a folder named by its content on one machine, Flyte's bucket on a cluster."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from flytekit import FlyteContextManager
@@ -44,7 +45,8 @@ def keep(artifact: Artifact) -> Path:
         except ArtifactError:  # another process saved the same content a moment earlier
             if read_manifest(folder)["fingerprint"] != artifact.fingerprint:
                 raise
-    os.utime(folder)  # made again: newest first is a useful order for people
+    with suppress(PermissionError):  # a store that others write
+        os.utime(folder)  # made again: newest first is a useful order for people
     return folder
 
 

@@ -59,11 +59,10 @@ def fit_tokenizer(
     """
     with tracked(f"fit_tokenizer {name}".strip(), config, run_id, [embeddings, split]) as run:
         checkpoint = train_tokenizer(embeddings, config, run.log, *resumable(), split=split)
-        run.finish_training(checkpoint.metrics)
-        kind = [("kind", config.model.kind)]
-        page = training_page("Tokenizer", run.history, checkpoint.metrics, checkpoint.steps, kind)
-        show(run, "Tokenizer", page)
         run.output(checkpoint)
+        run.finish_training(checkpoint.metrics)
+        about = ("Tokenizer", run.history, checkpoint.metrics, checkpoint.steps)
+        show(run, "Tokenizer", training_page, *about, [("kind", config.model.kind)])
         return checkpoint
 
 
@@ -91,8 +90,8 @@ def assign_sids(
     read = [tokenizer, embeddings, split, catalog]
     with tracked(f"assign_sids {name}".strip(), config, run_id, read) as run:
         table = naming.assign(tokenizer, embeddings, config, split=split)
-        show(run, "SIDs", sids_page(table, catalog, split))
         run.output(table)
+        show(run, "SIDs", sids_page, table, catalog, split)
         return table
 
 
@@ -138,6 +137,7 @@ def analyze_collisions(
             errors=prefix_errors(load_tokenizer(tokenizer), embeddings.matrix, padded_codes(sids)),
             sequences=log.events.group_by("user_id", maintain_order=True).agg("item_id")["item_id"],
         )
+        run.output(report)
         run.metrics(report.figures)
         run.figure("code_usage", code_usage(report))
         run.figure("collisions", collision_histogram(report))
@@ -145,8 +145,7 @@ def analyze_collisions(
         if lengths_differ(report):
             run.figure("length_by_popularity", length_by_popularity(report))
         run.text("verdict.md", "\n".join([f"# {report.verdict}", *report.bands.values()]))
-        show(run, "Collisions", collisions_page(report, catalog))
-        run.output(report)
+        show(run, "Collisions", collisions_page, report, catalog)
         run.say(f"{report.verdict}, {report.figures['collision_rate']:.1%} of the items share their codes")
         collisions.gate(report, config)
         return report

@@ -35,19 +35,21 @@ from tasks.origin import code_tags, execution_tags, versions
 from tasks.runs import (
     DIGEST,
     everywhere,
+    everywhere_one_store,
     get_run,
     kinds,
     maker_of,
     open_store,
-    tagged,
     tracking_uri,
     without_secrets,
 )
-from tasks.store import publish, stored_at
+from tasks.store import publish
 
 STANDALONE = "stages"
 """Experiment of stages that are run alone."""
 
+NAME = "sidflow.name"
+"""Tag that holds the name of a stage's run as it was given; people may change the name itself."""
 VERSIONS = "sidflow.versions"
 """Tag that holds, as JSON, what results depend on besides code, data and settings."""
 
@@ -69,17 +71,6 @@ def fluent(run: "StageRun") -> Iterator[None]:
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     with everywhere_one_store(), mlflow.start_run(run_id=run.run_id):
         yield
-
-
-@contextmanager
-def everywhere_one_store() -> Iterator[None]:
-    """Tell the parts of MLflow that ask no client, as its registry does, where runs are kept; undo it afterwards."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(tracking_uri())
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
@@ -105,13 +96,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 def _log_config(client: MlflowClient, run_id: str, config: Config) -> None:
     params = [Param(allowed(name), value) for name, value in _flat(config.model_dump(mode="json"))]
+    for param in params:
+        if without_secrets(param.value) != param.value:
+            raise ValueError(
+                f"{param.key} holds a password, key or token, and settings are kept in MLflow as they are: give it "
+                "through the environment of the storage, and a plain address here"
+            )
     for start in range(0, len(params), 100):
         client.log_batch(run_id, params=params[start : start + 100])
     client.log_dict(run_id, config.model_dump(mode="json"), "config.json")
 
 
 def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    client.log_batch(run_id, tags=[RunTag(key, value[:_LONGEST_TAG]) for key, value in tags.items()])
+    told = [RunTag(allowed(key), without_secrets(value)[:_LONGEST_TAG]) for key, value in tags.items()]
+    for start in range(0, len(told), 100):
+        client.log_batch(run_id, tags=told[start : start + 100])
 
 
 def _mark(word: str, stage: str) -> str:
@@ -207,7 +206,15 @@ class StageRun:
         )
 
     def output(self, *artifacts: Artifact) -> None:
-        """Store what the stage made, tag the run with fingerprints and addresses, and keep each small manifest."""
+        """Store what the stage made, tag the run with fingerprints and addresses, and keep each small manifest.
+
+        Raises
+        ------
+        ValueError
+            Two artefacts of one kind: nobody could tell which of them a run stands for.
+        """
+        if len({artifact.kind() for artifact in artifacts}) < len(artifacts):
+            raise ValueError(f"{self.stage} made {artifacts}: at most one of a kind")
         addresses = {f"stored.{artifact.kind()}": publish(artifact) for artifact in artifacts}
         _set_tags(self.client, self.run_id, kinds("output", artifacts) | addresses)
         for artifact in artifacts:
@@ -247,6 +254,7 @@ def tracked(
         | kinds("parent", parents)
         | {
             "sidflow.stage": kind,
+            NAME: stage,
             "mlflow.source.name": kind,
         }
     )
@@ -263,7 +271,7 @@ def tracked(
         if config is not None:
             _log_config(client, run.run_id, config)
         _link(run, parents)
-        with _terminable():
+        with terminable():
             yield run
         run.flush()
         client.set_terminated(run.run_id, "FINISHED")
@@ -277,14 +285,14 @@ def _link(run: StageRun, parents: Sequence[Artifact]) -> None:
     """Record what a stage reads as data sets of its run, and name the runs that made it."""
     experiments = everywhere(run.client) if parents else []
     makers = {}
-    for key, fingerprint in kinds("read_from", parents).items():
-        (artifact,) = tagged({key: fingerprint}, "read_from")
+    for key, parent in zip(kinds("read_from", parents), parents, strict=True):
+        artifact = Named(parent.kind(), parent.fingerprint)
         maker = maker_of(run.client, experiments, artifact)
-        place = str(stored_at(*artifact))
         if maker is not None:
             makers[key] = maker
-            place = maker.data.tags.get(f"stored.{artifact.kind}", place)
-        run.dataset(artifact.kind, fingerprint, place, run.stage.split()[0])
+        # What was given by hand is kept too: so the run can be reproduced, and its name stands for what it read.
+        place = maker.data.tags.get(f"stored.{artifact.kind}") if maker else None
+        run.dataset(artifact.kind, artifact.fingerprint, place or publish(parent), run.stage.split()[0])
     links = {
         made.info.run_id: f"[{made.info.run_name}](#/experiments/{made.info.experiment_id}/runs/{made.info.run_id})"
         for made in makers.values()
@@ -296,7 +304,7 @@ def _link(run: StageRun, parents: Sequence[Artifact]) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Turn SIGTERM into an exit, so that a stage that is asked to stop closes its run on the way out."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -310,9 +318,9 @@ def _terminable() -> Iterator[None]:
 
 
 def _revive(client: MlflowClient, run_id: str) -> Run:
-    """Return the run of a pipeline, set back to RUNNING if an earlier attempt at a stage had failed it."""
+    """Return the run of a pipeline, set back to RUNNING if an earlier attempt at a stage had failed or killed it."""
     run = get_run(client, run_id)
-    if run.info.status != "RUNNING":
+    if run.info.status in ("FAILED", "KILLED"):
         client.update_run(run_id, status="RUNNING")
         for tag in _ERROR_TAGS & run.data.tags.keys():
             client.delete_tag(run_id, tag)
@@ -336,7 +344,6 @@ def _close_broken(run: StageRun, pipeline: str, error: BaseException) -> None:
 
 
 def _close(client: MlflowClient, run_id: str, status: str, stage: str, text: str) -> None:
-    text = without_secrets(text)
     note = f"**{stage} {status.lower()}**\n\n```\n{text}\n```"
     _set_tags(client, run_id, {"error.stage": stage, "error.message": text, "mlflow.note.content": note})
     client.set_terminated(run_id, status)
@@ -437,20 +444,23 @@ def finish_pipeline(run_id: str, artifacts: Sequence[Artifact]) -> dict[str, str
     ends = [Named(artifact.kind(), artifact.fingerprint) for artifact in artifacts]
     lineage = trace(client, ends)
     steps = lineage.steps.values()
-    makers = {made: step for step in steps for made in step.made}
+    makers = {made: step.run_id for step in lineage.in_order() for made in step.made if made in ends}
+    for step in steps:
+        makers |= step.read
     tags: dict[str, str] = {}
     stages: dict[str, str] = {}
-    for artifact in dict.fromkeys([*ends, *(read for step in steps for read in step.read)]):
-        maker = makers.get(artifact)
-        stage = maker.name if maker else "unknown"
+    for artifact in dict.fromkeys([*ends, *makers]):
+        maker = lineage.steps.get(makers.get(artifact, ""))
+        stage = allowed(maker.name) if maker else "unknown"
         same = sum(key.startswith(f"artifact.{stage}.{artifact.kind}") for key in tags)
         number = f".{same + 1}" if same else ""
         tags[f"artifact.{stage}.{artifact.kind}{number}"] = artifact.fingerprint
         if maker is not None:
             tags[f"produced_by.{stage}.{artifact.kind}{number}"] = maker.run_id
-            stages[stage] = maker.run_id
-    for start in range(0, len(tags), 100):
-        _set_tags(client, run_id, dict(list(tags.items())[start : start + 100]))
+            held = lineage.steps.get(stages.get(stage, ""))
+            if held is None or held.started < maker.started:
+                stages[stage] = maker.run_id
+    _set_tags(client, run_id, tags)
     run = StageRun(client, run_id, "pipeline")
     for step in steps:
         for raw in step.raw:

@@ -6,26 +6,28 @@ from rich.console import Console
 from components.lineage import ALIKE, Lineage, Named, Step, lineage_figure, lineage_tree
 
 
+def named(word: str) -> Named:
+    return Named(word, word * 3)
+
+
 def step(name: str, read: str = "", made: str = "", at: int = 0, **rest) -> Step:
-    """A step whose run has its name's letters; artefacts are words, each of its own kind."""
-    named = [tuple(Named(word, word * 3) for word in words.split()) for words in (read, made)]
-    return Step(name.replace(" ", "-"), name, at, *named, **rest)
+    """A step whose run has its name's letters; artefacts are words, each of its own kind, read as ``word<run``."""
+    taken = {named(word): run for word, _, run in (each.partition("<") for each in read.split())}
+    return Step(name.replace(" ", "-"), name, at, taken, tuple(map(named, made.split())), **rest)
 
 
-def of(*steps: Step, asked: tuple[str, ...] = (), strangers: tuple[str, ...] = ()) -> Lineage:
-    return Lineage(
-        {s.run_id: s for s in steps}, frozenset(asked), frozenset(Named(word, word * 3) for word in strangers)
-    )
+def of(*steps: Step, asked: tuple[str, ...] = ()) -> Lineage:
+    return Lineage({s.run_id: s for s in steps}, frozenset(asked))
 
 
 CHAIN = (
     step("ingest", "", "log catalog", 1, raw=(Named("clicks.csv", "ab" * 32),)),
-    step("split", "log catalog", "parts", 2),
-    step("embed", "catalog", "vectors", 3),
-    step("fit", "vectors parts", "codebooks", 4),
-    step("assign", "codebooks vectors", "table", 5),
-    step("train", "parts table", "model", 6),
-    step("evaluate", "model table parts", "report", 7, note="R@10 .1717"),
+    step("split", "log<ingest catalog<ingest", "parts", 2),
+    step("embed", "catalog<ingest", "vectors", 3),
+    step("fit", "vectors<embed parts<split", "codebooks", 4),
+    step("assign", "codebooks<fit vectors<embed", "table", 5),
+    step("train", "parts<split table<assign", "model", 6),
+    step("evaluate", "model<train table<assign parts<split", "report", 7, note="R@10 .1717"),
 )
 
 
@@ -66,23 +68,38 @@ def test_every_step_is_shown_once():
 
 
 def test_what_was_given_by_hand_is_a_root():
-    lines = shown(of(step("fit", "vectors", "codebooks"), strangers=("vectors",)))
+    lines = shown(of(step("fit", "vectors", "codebooks")))
     assert "vectors vectorsv" in lines[1] and "fit →" in lines[2]
 
 
-def test_two_runs_that_made_the_same_are_not_both_a_parent():
-    again = step("fit again", "vectors parts", "codebooks", 8)
-    assert of(*CHAIN, again).parents["assign"] == ("fit-again", "embed")
-    assert "fit" not in of(*CHAIN, again, asked=("fit",)).parents["assign"]
+def test_equal_content_that_is_made_again_later_is_no_parent():
+    again = step("fit again", "vectors<embed parts<split", "codebooks", 8)
+    lineage = of(*CHAIN, again, asked=("fit-again",))
+    assert lineage.parents["assign"] == ("fit", "embed")
+    assert lineage.after() == set()
+
+
+def test_nothing_stands_on_itself_even_if_runs_say_so():
+    """Runs that name each other, as clocks that differ could make it look: the later one stands on the earlier."""
+    one, other = step("one", "b<other", "a", 1), step("other", "a<one", "b", 2)
+    lineage = of(one, other, asked=("one",))
+    assert lineage.parents == {"one": (), "other": ("one",)}
+    assert len(shown(lineage)) == 4
+
+
+def test_without_a_step_there_is_nothing_to_draw():
+    with pytest.raises(ValueError, match="no stage of this run finished"):
+        lineage_figure(of())
 
 
 def test_many_readers_are_counted_and_those_that_were_asked_for_always_shown():
-    readers = [step(f"score {n}", "table", f"answer{n}", 10 + n) for n in range(ALIKE + 5)]
+    readers = [step(f"score {n}", "table<assign", f"answer{n}", 10 + n) for n in range(ALIKE + 5)]
+    below = step("mail", f"answer{ALIKE + 1}<score-{ALIKE + 1}", "mails", 99)
     asked = readers[-1].run_id
-    lines = shown(of(*CHAIN, *readers, asked=(asked,)))
+    lines = shown(of(*CHAIN, *readers, below, asked=(asked,)))
     assert sum("score " in line and "→" in line for line in lines) == ALIKE + 1
     assert any(line.endswith(f"  {asked}") for line in lines)
-    assert any("4 more score" in line for line in lines)
+    assert any("5 more: score and what came of it" in line for line in lines)
 
 
 @pytest.mark.parametrize("asked", [(), ("assign",)])

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from components.lineage import lineage_figure, lineage_tree
@@ -28,15 +29,15 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     try:
         lineage = lineage_of(asked.run)
-    except ValueError as error:
+        if asked.figure:
+            lineage_figure(lineage).savefig(asked.figure, dpi=150)
+    except (ValueError, OSError, MlflowException) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=WIDTH)
     console.print(lineage_tree(lineage))
-    if asked.figure:
-        lineage_figure(lineage).savefig(asked.figure, dpi=150)
     return 0
 
 

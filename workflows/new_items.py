@@ -26,6 +26,7 @@ from tasks.data import (
     embed_shard,
     ingest_onto,
     plan_shards,
+    set_aside,
     split_newcomers,
 )
 from tasks.evaluation import compare_reports
@@ -129,6 +130,9 @@ def new_items(config: PipelineConfig, until: datetime | None = None) -> Night:
     run_id = start_run(workflow="new_items", config=dated)
     champion = open_champion(config=dated.promote, run_id=run_id)
     log, catalog = ingest_onto(catalog=champion.catalog, config=dated.ingest, run_id=run_id)
+    log, catalog = set_aside(
+        log=log, catalog=catalog, known=champion.catalog, encoder=champion.encoder, run_id=run_id
+    )
     held = split_newcomers(
         log=log, catalog=catalog, known=champion.trained_catalog, config=dated.split, run_id=run_id
     )

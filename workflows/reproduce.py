@@ -8,6 +8,7 @@ RUN is the id of an MLflow run, of a stage or of a whole pipeline. Exit status 0
 import argparse
 import sys
 
+from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from tasks.reproduce import reproduce, summary
@@ -28,7 +29,9 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     try:
         result = reproduce(asked.run, here=asked.here)
-    except (ValueError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError, OSError, MlflowException) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     Console(highlight=False, soft_wrap=True).print(summary(result))

@@ -140,11 +140,11 @@ def settle(raw: RawData, config: IngestConfig, known: ItemCatalog | None = None)
         check_overlap(known, raw)
     events = events_before(raw.events, config.until, log_name)
     given = unique_items(raw.items, catalog_name, config.duplicate_items)
-    listed = known_first(known_items, given)
-    met, listed, num_unknown = settle_unknown(events, listed, log_name, config.unknown_items)
-    if config.newcomers == "drop":
+    listed, met = known_first(known_items, given), events
+    if config.newcomers == "drop":  # before anything is asked of them: nobody reads what newcomers lack
         listed = listed.head(len(known_items))
-    wanted = met.join(listed, left_on="item", right_on="raw_id", how="semi", maintain_order="left")
+        met = events.join(listed, left_on="item", right_on="raw_id", how="semi", maintain_order="left")
+    wanted, listed, num_unknown = settle_unknown(met, listed, log_name, config.unknown_items)
     once = first_of_repeats(wanted) if config.repeats == "drop" else wanted
     core = k_core(once, config.k_core, known_items["raw_id"])
     check_core(core, once, config.k_core, log_name, known_items["raw_id"])
@@ -158,13 +158,17 @@ def settle(raw: RawData, config: IngestConfig, known: ItemCatalog | None = None)
         config=config.model_dump(mode="json"),
         parents={} if known is None else {"ItemCatalog": known.fingerprint},
     )
-    growth = {
-        "known_items": len(known_items),
-        "new_items": len(new),
-        "known_items_described_anew": _described_anew(given, known_items, config.text_fields),
-        "newcomers_dropped": met["item"].n_unique() - wanted["item"].n_unique(),
-        "events_of_newcomers_dropped": len(met) - len(wanted),
-    }
+    growth = (
+        {}
+        if known is None
+        else {
+            "known_items": len(known_items),
+            "new_items": len(new),
+            "known_items_described_anew": _described_anew(given, known_items, config.text_fields),
+            "newcomers_dropped": events["item"].n_unique() - met["item"].n_unique(),
+            "events_of_newcomers_dropped": len(events) - len(met),
+        }
+    )
     log = InteractionLog(
         events=order_events(core, users, items.select("raw_id", number="item_id")),
         users=users.select(user_id="number", raw_id="raw_id"),
@@ -179,7 +183,7 @@ def settle(raw: RawData, config: IngestConfig, known: ItemCatalog | None = None)
             "repeats_dropped": len(wanted) - len(once),
             "dropped_by_k_core": len(once) - len(core),
         }
-        | ({} if known is None else growth)
+        | growth
         | kept_figures(core),
         provenance=provenance,
     )

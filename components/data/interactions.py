@@ -136,12 +136,11 @@ def k_core(events: pl.DataFrame, k: int, known: pl.Series | None = None) -> pl.D
         The rows that stay, in their order; may be empty.
     """
     is_known = pl.lit(False) if known is None else pl.col("item").is_in(known.implode())
-    enough = (pl.len().over("user") >= k) & (is_known | (pl.len().over("item") >= k))
-    while True:
-        kept = events.filter(enough)
-        if len(kept) == len(events):
-            return kept
-        events = kept
+    marked = events.with_columns(is_known.alias("stays"))
+    enough = (pl.len().over("user") >= k) & (pl.col("stays") | (pl.len().over("item") >= k))
+    while len(kept := marked.filter(enough)) < len(marked):
+        marked = kept
+    return kept.drop("stays")
 
 
 def check_core(

@@ -289,14 +289,48 @@ def _inside(position: str, end: pl.Expr) -> pl.Expr:
     return pl.when(pl.col(position).is_between(0, end, closed="none")).then(position)
 
 
+class Parts(NamedTuple):
+    """Events of a log, as a split uses them: columns of ``InteractionLog.events`` among others, in its order."""
+
+    train: pl.DataFrame
+    """What a user's training sequence has, in the log's warm events."""
+    valid: pl.DataFrame
+    """Events that may be a user's validation target: this item, its history right before it, where training ends."""
+    test: pl.DataFrame
+    """Events that may be a user's test target, behind the others; several of a walk that repeats itself."""
+
+
+def find_parts(log: InteractionLog, split: SequenceSplit) -> Parts:
+    """Find the events that a split trains on and holds out.
+
+    A training sequence is the beginning of a user's warm events, and the validation target stands right behind it. The
+    test target stands later, among all events. A history is what stands right before its target.
+    """
+    is_warm = ~pl.col("item_id").is_in(split.cold["item_id"].implode())
+    # ``known``: how many warm events of the user stand before an event.
+    events = log.events.with_columns(known=is_warm.cast(pl.Int64).cum_sum().over("user_id") - is_warm)
+    warm = events.filter(is_warm).with_columns(position="known")
+    ends = split.train.select("user_id", train_end=pl.col("sequence").list.len())
+    train = warm.join(ends, on="user_id", maintain_order="left").filter(pl.col("known") < pl.col("train_end"))
+    valid = _target_places(warm, ends, split.valid, split.protocol).filter(
+        pl.col("known") == pl.col("train_end")
+    )
+    # With a validation row its target lies between the training events and the test target.
+    validated = pl.col("user_id").is_in(split.valid["user_id"].implode())
+    test = _target_places(events, ends, split.test, split.protocol).filter(
+        pl.col("known") >= pl.col("train_end") + validated.cast(pl.Int64)
+    )
+    if split.protocol == "by_time":
+        test = test.filter(pl.col("timestamp") > valid["timestamp"].max())
+    return Parts(train, valid, test)
+
+
 def check_no_leak(log: InteractionLog, split: SequenceSplit) -> None:
     """Check against the log that no history and no training sequence knows its target or anything after it.
 
-    A training sequence must be the beginning of a user's warm events, which are all where the split has no cold items;
-    among these the valid target stands right after it. The test target stands later, among all events. A history is
-    what stands right before its target. With ``last_basket`` and ``by_time`` the target's time is later than its
-    history's. With ``by_time`` this holds between users too: all of training is before every validation target, and
-    these are before every test target.
+    Every training sequence, history and target must stand in the log as ``find_parts`` says. With ``last_basket`` and
+    ``by_time`` the target's time is later than its history's. With ``by_time`` this holds between users too: all of
+    training is before every validation target, and these are before every test target.
 
     Raises
     ------
@@ -307,36 +341,20 @@ def check_no_leak(log: InteractionLog, split: SequenceSplit) -> None:
         raise DataError(
             f"check_no_leak: the split is of log {split.log[:12]}, got log {log.fingerprint[:12]}"
         )
-    is_warm = ~pl.col("item_id").is_in(split.cold["item_id"].implode())
-    # ``known``: how many warm events of the user stand before an event.
-    events = log.events.with_columns(known=is_warm.cast(pl.Int64).cum_sum().over("user_id") - is_warm)
-    warm = events.filter(is_warm).with_columns(position="known")
-    ends = split.train.select("user_id", train_end=pl.col("sequence").list.len())
-    train = split.train.join(_walks(warm), on="user_id", how="left", maintain_order="left")
-    beginning = pl.col("items").list.head(pl.col("sequence").list.len())
-    _refuse(train.filter(pl.col("sequence").ne_missing(beginning)), "train: is no beginning of")
-    valid = _target_places(warm, ends, split.valid, split.protocol).filter(
-        pl.col("known") == pl.col("train_end")
-    )
+    parts = find_parts(log, split)
+    train = split.train.join(_walks(parts.train), on="user_id", how="left", maintain_order="left")
+    _refuse(train.filter(pl.col("sequence").ne_missing(pl.col("items"))), "train: is no beginning of")
     _refuse(
-        split.valid.join(valid, on="user_id", how="anti"), "valid: does not follow on the training events in"
+        split.valid.join(parts.valid, on="user_id", how="anti"),
+        "valid: does not follow on the training events in",
     )
     if split.protocol == "by_time":
-        late = warm.join(ends, on="user_id").filter(
-            pl.col("known") < pl.col("train_end"), pl.col("timestamp") >= valid["timestamp"].min()
-        )
+        late = parts.train.filter(pl.col("timestamp") >= parts.valid["timestamp"].min())
         _refuse(
             late.unique("user_id", maintain_order=True), "train: is not all before the first valid target, in"
         )
-    # With a validation row its target lies between the training events and the test target.
-    validated = pl.col("user_id").is_in(split.valid["user_id"].implode())
-    test = _target_places(events, ends, split.test, split.protocol).filter(
-        pl.col("known") >= pl.col("train_end") + validated.cast(pl.Int64)
-    )
-    if split.protocol == "by_time":
-        test = test.filter(pl.col("timestamp") > valid["timestamp"].max())
     _refuse(
-        split.test.join(test, on="user_id", how="anti"),
+        split.test.join(parts.test, on="user_id", how="anti"),
         "test: history and target do not follow on one another in",
     )
 

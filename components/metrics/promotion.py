@@ -1,10 +1,11 @@
 """Whether a new model may take the champion's place, by what both do for the same test users."""
 
+import re
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from components.artifacts import EvaluationReport
 from components.config import Config
@@ -23,7 +24,7 @@ class PromoteConfig(Config):
     model: str = Field("sidflow", min_length=1, pattern=r"^[^/@:]+$")
     """Registered model that versions are added to."""
     alias: str = Field(CHAMPION, min_length=1, pattern=r"^[A-Za-z][\w-]*$")
-    """Alias that names the version in use, and moves to a version that passes."""
+    """Alias that names the version in use, and moves to a version that passes; not latest or v1, which MLflow keeps."""
     metric: str = Field("N@10", pattern=r"^(R@\d+|N@\d+|MRR)$")
     """What is compared, over all test users."""
     seen: Literal["kept", "excluded"] = "excluded"
@@ -38,7 +39,14 @@ class PromoteConfig(Config):
     seed: int = Field(0, ge=0)
     """Seed of the bootstrap."""
     patience_minutes: float = Field(60.0, gt=0)
-    """How long to wait for a promotion of the same model that began earlier; after that it is taken for dead."""
+    """How long to wait for the promotion of the same model whose turn it is; after that it is taken for dead."""
+
+    @field_validator("alias")
+    @classmethod
+    def _free(cls, alias: str) -> str:
+        if re.fullmatch(r"latest|[vV]\d+", alias):
+            raise ValueError(f"{alias!r} is an alias that MLflow keeps for itself: choose another")
+        return alias
 
 
 class Decision(NamedTuple):

@@ -8,9 +8,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from components.artifacts import InteractionLog, ItemCatalog, SequenceSplit
-from components.data.splits import count_events
+from components.config import require
+from components.data.splits import count_events, find_parts
 from components.pages.figures import Curve, bars, lines
-from components.pages.html import Html, item_names, number, percent, tag, words
+from components.pages.html import Html, check_catalog, item_names, number, percent, tag, words
 from components.pages.page import Section, beside, cards, facts, page, paragraph, table
 
 DAY = 86_400
@@ -24,13 +25,21 @@ EVENTS_SHOWN = 9
 CURVE = 120
 """Points of the curve of shares, at most."""
 COLUMNS = "Columns widen from left to right, each by a root of two."
-DROPPED = {
+STATISTICS = {
     "events_after_until": "events at or after ingest.until",
     "malformed_records": "malformed records",
     "events_of_unknown_items": "events of items that the metadata lack",
     "duplicate_items_dropped": "items described twice",
     "repeats_dropped": "repeated events",
     "dropped_by_k_core": "events of users or items below the k-core",
+    "known_items": "items of the catalogue that this one grew from",
+    "new_items": "items that came to it",
+    "known_items_described_anew": "known items that the source describes otherwise now; their text stays",
+    "newcomers_dropped": "items left out because that catalogue lacks them",
+    "events_of_newcomers_dropped": "events of these",
+    "items_set_aside": "new items set aside because the encoder cannot read them",
+    "events_of_items_set_aside": "events of these",
+    "users_set_aside": "users of such events alone",
 }
 TOLD_ELSEWHERE = {
     "events",
@@ -68,7 +77,7 @@ def data_page(log: InteractionLog, catalog: ItemCatalog) -> Html:
         [
             Section("Who has how much", [beside(_shapes(lengths, events_N))], COLUMNS),
             Section("When", [_times(log)]),
-            Section("From what was read to what is kept", [_dropped(log.statistics)]),
+            Section("From what was read to what is kept", [_dropped(log.statistics, catalog.num_items)]),
             Section("Where it came from", [_sources(log)]),
             Section(
                 "Some items",
@@ -92,10 +101,13 @@ def split_page(split: SequenceSplit, log: InteractionLog, catalog: ItemCatalog) 
     Raises
     ------
     ValueError
-        The split is not of this log.
+        The split is not of this log or catalogue.
     """
-    if split.log != log.fingerprint:
-        raise ValueError(f"split_page: the split is of log {split.log[:12]}, got log {log.fingerprint[:12]}")
+    require(
+        split.log == log.fingerprint,
+        f"split_page: the split is of log {split.log[:12]}, got log {log.fingerprint[:12]}",
+    )
+    check_catalog(catalog, split.catalog, "split_page")
     test = split.test
     again = test.select(pl.col("history").list.contains(pl.col("target"))).to_series()
     trained_N = count_events(split.train["sequence"], split.num_items)
@@ -249,64 +261,28 @@ def _timeline(split: SequenceSplit, log: InteractionLog) -> Html:
 
 
 def _part_times(split: SequenceSplit, log: InteractionLog) -> dict[str, pl.Series]:
-    """Find the times of training events and of targets.
-
-    A training sequence is the beginning of a user's warm events, and the validation target stands right behind it. The
-    test target is the first event from there on that is this item, behind the item that ends its history.
-    """
-    warm = ~pl.col("item_id").is_in(split.cold["item_id"].implode())
-    events = log.events.select(
-        "user_id",
-        "item_id",
-        "timestamp",
-        "position",
-        is_warm=warm,
-        known=(warm.cast(pl.Int64).cum_sum() - warm.cast(pl.Int64)).over("user_id"),
-        before=pl.col("item_id").shift(1).over("user_id"),
-    )
-    ends = split.train.select("user_id", end=pl.col("sequence").list.len().cast(pl.Int64))
-    events = events.join(ends, on="user_id", how="left", maintain_order="left").with_columns(
-        pl.col("end").fill_null(0)
-    )
-    training = events.filter("is_warm", pl.col("known") < pl.col("end"))
-    valid = events.filter("is_warm", pl.col("known") == pl.col("end")).join(
-        split.valid.select("user_id", item_id="target"), on=["user_id", "item_id"], how="semi"
-    )
-    held = split.test.select(
-        "user_id",
-        item_id="target",
-        before=pl.col("history").list.last(),
-        length=pl.col("history").list.len(),
-    ).join(
-        split.valid.select("user_id", validated=pl.lit(1)), on="user_id", how="left", maintain_order="left"
-    )
-    test = (
-        events.join(held, on=["user_id", "item_id", "before"], maintain_order="left")
-        .filter(
-            pl.col("known") >= pl.col("end") + pl.col("validated").fill_null(0),
-            pl.col("position") >= pl.col("length"),
-        )
-        .unique("user_id", keep="first", maintain_order=True)
-    )
+    """Return the times of training events and of targets, one target a user."""
+    parts = find_parts(log, split)
+    test = parts.test.unique("user_id", keep="first", maintain_order=True)
     return {
-        "Training events": training["timestamp"],
-        "Validation targets": valid["timestamp"],
+        "Training events": parts.train["timestamp"],
+        "Validation targets": parts.valid["timestamp"],
         "Test targets": test["timestamp"],
     }
 
 
-def _dropped(statistics: dict[str, Any]) -> Html:
+def _dropped(statistics: dict[str, Any], num_items: int) -> Html:
     """Set out what was read, left out and kept; figures that this page does not know are shown by their names."""
     rows = [("events read", statistics.get("events_read")), ("items read", statistics.get("items_read"))]
     for name, value in statistics.items():
         if name in TOLD_ELSEWHERE or name.endswith("_read"):
             continue
-        what = DROPPED.get(name, words(name))
+        what = STATISTICS.get(name, words(name))
         if isinstance(value, dict):
             rows += [(f"{what}: {words(part)}", count) for part, count in value.items()] or [(what, 0)]
         else:
             rows.append((what, value))
-    rows.append(("events kept", statistics.get("events")))
+    rows += [("events kept", statistics.get("events")), ("items in the catalogue", num_items)]
     return table(
         ["what", "count"],
         [

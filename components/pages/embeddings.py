@@ -9,9 +9,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from components.artifacts import ContentEmbeddings, ItemCatalog
-from components.config import require
 from components.pages.figures import Curve, bars, lines
-from components.pages.html import Html, item_names, number, tag
+from components.pages.html import Html, check_catalog, item_names, number, tag
 from components.pages.page import Section, beside, cards, facts, page
 
 REGIONS = 12
@@ -31,14 +30,11 @@ def embeddings_page(embeddings: ContentEmbeddings, catalog: ItemCatalog) -> Html
     Raises
     ------
     ValueError
-        The catalogue has another number of items.
+        The vectors are of another catalogue.
     """
+    check_catalog(catalog, embeddings.catalog, "embeddings_page")
     x_ND = embeddings.matrix
     count, width = x_ND.shape
-    require(
-        count == catalog.num_items,
-        f"embeddings_page: {count} vectors for {catalog.num_items} items; take both from one run",
-    )
     norms_N = torch.linalg.vector_norm(x_ND, dim=1)
     looked = _evenly(count, LOOKED_AT)
     variance_D = _spectrum(x_ND[looked])

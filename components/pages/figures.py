@@ -144,7 +144,7 @@ def lines(
     curves : sequence of Curve
         At least one, each of at least one point.
     kept : float, optional
-        Place on the x-axis that is marked.
+        Place on the x-axis that is marked; the axis reaches it.
     size : (int, int)
         Width and height.
     from_zero : bool
@@ -157,7 +157,8 @@ def lines(
     places = _ticks(0.0 if from_zero else low, high)
     several = len(curves) > 1
     right = width - (10 + CHARACTER * max(len(curve.label) for curve in curves) if several else 4)
-    x = (float(every_x.min()), float(max(every_x.max(), kept if kept is not None else -np.inf)))
+    marked = every_x if kept is None else np.append(every_x, kept)
+    x = (float(marked.min()), float(marked.max()))
     frame = _Frame(_margin(places), right, 16, height - 22, x, (places[0], places[-1]))
     drawn = [*_grid(frame, places)]
     if kept is not None:

@@ -1,5 +1,6 @@
 """HTML in pieces. Whatever is no ``Html`` is text, and is escaped where it is put in: titles cannot break a page."""
 
+import math
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from components.artifacts import ItemCatalog
+from components.config import require
 
 LONGEST = 90
 """Characters of an item's name that a page shows."""
@@ -49,7 +51,9 @@ def tag(name: str, *children: str, **attributes: Any) -> Html:
 
 
 def number(value: float) -> str:
-    """Write a figure: whole numbers with all digits, others with three or four that count."""
+    """Write a figure: whole numbers with all digits, others with three or four that count; what is none in words."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "infinitely negative"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}".replace("-", "−")
     return (f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
@@ -57,12 +61,27 @@ def number(value: float) -> str:
 
 def percent(share: float) -> str:
     """Write a share of one."""
-    return f"{share:.1%}"
+    return f"{share:.1%}" if math.isfinite(share) else number(share)
 
 
 def words(name: str) -> str:
     """Spell the name of a figure for people: ``events_read`` becomes ``events read``."""
     return name.replace("_", " ").replace("/", ", ")
+
+
+def check_catalog(catalog: ItemCatalog, wanted: str, page: str) -> None:
+    """Refuse a catalogue other than the one that ids of a page mean: its names would stand beside the wrong items.
+
+    Raises
+    ------
+    ValueError
+        Its fingerprint is not ``wanted``.
+    """
+    require(
+        catalog.fingerprint == wanted,
+        f"{page}: made of ItemCatalog {wanted[:12]}, got {catalog.fingerprint[:12]}: ids mean other items; take both "
+        "from one run",
+    )
 
 
 def item_names(catalog: ItemCatalog, item_ids: Iterable[int], longest: int = LONGEST) -> list[Html]:

@@ -15,7 +15,9 @@ color-scheme:light;background:var(--ground);color:var(--ink);
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif;
 font-variant-numeric:tabular-nums;text-align:left;overflow-wrap:anywhere}
 @media (prefers-color-scheme:dark){.sidflow{--ground:#15181b;--ink:#e4e7ea;--soft:#9aa4ad;--line:#2c3237;
---wash:#1e2327;--accent:#5db4ea;--bar:#4195cb;--warn:#f0955f;--good:#57c79f;color-scheme:dark}}
+--wash:#1e2327;--accent:#5db4ea;--bar:#4195cb;--warn:#f0955f;--good:#57c79f;color-scheme:dark}
+.sidflow img{filter:invert(1) hue-rotate(180deg)}}
+.sidflow img{max-width:100%}
 #flyte-frame-container>div>.sidflow{margin:-2rem}
 .sidflow *{box-sizing:border-box}
 .sidflow>div{max-width:1120px;margin:0 auto;padding:48px 32px 72px}

@@ -15,7 +15,7 @@ from components.config import require
 from components.metrics.compare import TITLES, html_table, short, signed
 from components.metrics.report import blocks_of
 from components.pages.figures import Interval, intervals
-from components.pages.html import Html, item_names, join, number, percent, tag
+from components.pages.html import Html, check_catalog, item_names, join, number, percent, tag
 from components.pages.page import Section, beside, cards, facts, page, table
 
 SHOWN = ("R@10", "N@10")
@@ -62,8 +62,9 @@ def results_page(
     Raises
     ------
     ValueError
-        The lists are not one a test user.
+        The lists are not one a test user, or the split is of another catalogue.
     """
+    check_catalog(catalog, split.catalog, "results_page")
     require(
         len(items_Uk) == len(split.test),
         f"results_page: {len(items_Uk)} lists for {len(split.test)} test users; give one a user, in their order",

@@ -14,7 +14,7 @@ from components.data.splits import training_counts
 from components.metrics.lengths import lengths_differ
 from components.metrics.sids import count_usage, describe_levels, group_items, group_sizes
 from components.pages.figures import Curve, Strip, bars, heat_strips, lines
-from components.pages.html import Html, item_names, number, percent, tag, words
+from components.pages.html import Html, check_catalog, item_names, number, percent, tag, words
 from components.pages.page import Section, badge, beside, facts, page, table
 
 PREFIXES = 800
@@ -53,6 +53,7 @@ def sids_page(table_: SidTable, catalog: ItemCatalog, split: SequenceSplit) -> H
     ValueError
         Table, catalogue and split are of different items.
     """
+    check_catalog(catalog, split.catalog, "sids_page")
     require(
         table_.num_items == catalog.num_items == split.num_items,
         f"sids_page: {table_.num_items} SIDs, {catalog.num_items} items, a split of {split.num_items}: "

@@ -108,7 +108,7 @@ def _panels(points: pl.DataFrame, kept: int) -> Iterator[Html]:
         ]
         last = curves[0].y[-1]
         note = "by level" if len(levels) else f"last {number(last)}"
-        yield lines(title, sorted(curves, key=lambda curve: curve.label), note, kept=kept)
+        yield lines(title, sorted(curves, key=lambda curve: int(curve.label or 0)), note, kept=kept)
 
 
 def _figures(figures: Mapping[str, float]) -> Html:

@@ -26,7 +26,10 @@ from components.tokenizers.sids import table_symbols
 from components.tokenizers.trie import build_trie
 
 BEAMS = 20
-"""Least width of the search. Shorter lists are cut from it: a beam as narrow as the list loses good items."""
+"""Least width of the search. Shorter lists are cut from it: a beam as narrow as the list loses good items. Longer ones
+double it until they fit (``search_width``)."""
+MOST = 1000
+"""Longest list that is served: what a search holds grows with its width, and one request must not take all memory."""
 QUERIES = 2560
 """Beams decoded at once, those of all histories of a batch together: sets the memory, not the answer."""
 NAMED = 3
@@ -82,8 +85,13 @@ def read_histories(values: Sequence[Any]) -> pl.Series:
 
 def _is_history(value: Any) -> bool:
     if isinstance(value, list | tuple | np.ndarray):
-        return all(each is None or isinstance(each, str) for each in value)
+        return all(each is None or _is_text(each) for each in value)
     return value is None or value != value  # NaN is how pandas spells a missing value
+
+
+def _is_text(value: Any) -> bool:
+    """Half of a surrogate pair is a Python string, and no text."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
 def check_histories(histories: pl.Series) -> pl.Series:
@@ -100,6 +108,11 @@ def check_histories(histories: pl.Series) -> pl.Series:
             f"history must be a list of item ids, which are strings; this column is {histories.dtype}"
         )
     return histories if histories.dtype == HISTORY else histories.cast(HISTORY)
+
+
+def search_width(k: int) -> int:
+    """Return the width of the search for lists of ``k``: the same for many k, whose lists then are cut from one."""
+    return BEAMS * 2 ** max(0, (k - 1) // BEAMS).bit_length()
 
 
 class LookedUp(NamedTuple):
@@ -143,6 +156,7 @@ class BundleRanker:
         self._item_named = by_name["item_id"].to_numpy().astype(np.int64)
         # One is added everywhere, so that an item without events has a finite score.
         share = bundle.popularity["events"].to_numpy().astype(np.float64) + 1
+        self._most = min(self.num_items, MOST)
         self._popular = np.argsort(-share, kind="stable")
         self._popular_scores = np.log(share / share.sum())[self._popular]
 
@@ -150,6 +164,7 @@ class BundleRanker:
         symbols = table_symbols(bundle.sids).to(device)
         with torch.no_grad():
             self._catalogue = recommender.catalogue(symbols, build_trie(symbols))
+        self._max_history = recommender.config.max_history
         exact = exact_ranker(recommender, self._catalogue)
         self._rankers: dict[str, Ranker] = {"beam": recommender} | ({} if exact is None else {"exact": exact})
         self._turn = threading.Lock()
@@ -166,11 +181,14 @@ class BundleRanker:
             an id that occurs twice is read twice, as in training. Who has no known item gets the most popular
             items, with a warning: an empty list, null, or unknown ids alone.
         k : int
-            Length of the answers, 1 to N. They are shorter where ``exclude_seen`` leaves fewer items.
+            Length of the answers, 1 to N and at most ``MOST``. They are shorter, with a warning, where ``exclude_seen``
+            leaves fewer items. A list is the beginning of a longer one that is cut from a search of equal width: up to
+            20, from 21 to 40, to 80 and so on. A wider search may find others; exact scores never do.
         exclude_seen : bool
-            Leave out the items of the history.
+            Leave out the items of the history, all of them, though only its latest are read (``max_history``).
         decode : str
-            ``beam``, or ``exact`` where the recommender can score every item.
+            ``beam``, or ``exact`` where the recommender can score every item. The bundle does not say what it was
+            evaluated with: take the ``decode`` and ``beams`` of its EvaluationReport for the figures found there.
 
         Returns
         -------
@@ -217,7 +235,8 @@ class BundleRanker:
         scores_Rk = np.tile(self._popular_scores[:k], (len(known), 1))
         if known.any():
             values, *bounds = looked_up.rows
-            rows, beams = Rows(values, *(each[known] for each in bounds)), max(k, BEAMS)
+            rows, beams = Rows(values, *(each[known] for each in bounds)), search_width(k)
+            rows = latest_rows(rows, self._max_history, keep_seen=exclude_seen)
             with self._turn:
                 ranking = rank_rows(
                     self._rankers[decode],
@@ -237,19 +256,62 @@ class BundleRanker:
             "scores": pa.array(scores_Rk[listed]),
         }
         lists = {name: pl.Series(pa.LargeListArray.from_arrays(offsets, x)) for name, x in answer.items()}
-        return pl.DataFrame(lists | {"warning": looked_up.warnings}, schema=ANSWER)
+        warnings = _with_short(looked_up.warnings, listed.sum(axis=1), k)
+        return pl.DataFrame(lists | {"warning": warnings}, schema=ANSWER)
 
     def _check(self, k: Any, exclude_seen: Any, decode: Any) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.num_items:
-            raise RequestError(
-                f"k must be a whole number from 1 to {self.num_items}, the items of the catalogue; got {k!r}"
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self._most:
+            what = (
+                "the longest list that is served"
+                if self._most < self.num_items
+                else "the items of the catalogue"
             )
+            raise RequestError(f"k must be a whole number from 1 to {self._most}, {what}; got {k!r}")
         if not isinstance(exclude_seen, bool):
             raise RequestError(f"exclude_seen must be true or false, got {exclude_seen!r}")
         if decode not in list(self._rankers):
             raise RequestError(
                 f"decode must be one of {', '.join(self._rankers)} for this model, got {decode!r}"
             )
+
+
+def latest_rows(rows: Rows, most: int, *, keep_seen: bool) -> Rows:
+    """Cut histories to what a recommender reads, so that a long one does not pad the batch that it is ranked in.
+
+    Parameters
+    ----------
+    rows : Rows
+        Histories; targets are not read.
+    most : int
+        Latest entries that are read; they stay as they are.
+    keep_seen : bool
+        Keep one of each earlier item before them, for it to be excluded.
+    """
+    length = rows.end - rows.start
+    if (length <= most).all():
+        return rows
+    row = np.repeat(np.arange(len(length)), length)
+    age = np.repeat(np.cumsum(length), length) - np.arange(len(row)) - 1
+    values = rows.values[np.repeat(rows.end, length) - 1 - age]
+    keep = age < most
+    if keep_seen:
+        pairs = row * (int(values.max()) + 1) + values
+        keep[len(pairs) - 1 - np.unique(pairs[::-1], return_index=True)[1]] = True
+    end = np.cumsum(np.bincount(row[keep], minlength=len(length)))
+    return Rows(values[keep], np.concatenate([[0], end])[:-1], end, np.zeros_like(end))
+
+
+def _with_short(warnings: pl.Series, listed: NDArray[np.int64], k: int) -> pl.Series:
+    """Say of lists that are shorter than asked why they are."""
+    if (listed == k).all():
+        return warnings
+    short = pl.format("the list has {} of {} items: the history holds all others", "listed", pl.lit(k))
+    said = [
+        pl.when(pl.col("warning") != "").then("warning"),
+        pl.when(pl.col("listed") < k).then(short),
+    ]
+    frame = pl.DataFrame({"warning": warnings, "listed": listed})
+    return frame.select(pl.concat_str(said, separator="; ", ignore_nulls=True)).to_series()
 
 
 def _warnings(

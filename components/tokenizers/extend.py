@@ -9,6 +9,7 @@ import polars as pl
 import torch
 
 from components.artifacts import ContentEmbeddings, SidTable, TokenizerCheckpoint
+from components.config import require
 from components.folders import ArtifactError, Provenance
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.sids import (
@@ -30,7 +31,7 @@ def extend(
     embeddings: ContentEmbeddings,
     previous: SidTable,
     config: SidConfig,
-    known: ContentEmbeddings | None = None,
+    known: ContentEmbeddings,
 ) -> SidTable:
     """Name the items behind those of a table; its rows are copied, never encoded again.
 
@@ -48,10 +49,10 @@ def extend(
         The table, of n items.
     config : SidConfig
         ``length`` holds for newcomers, ``suffix_size`` must be the table's. ``assignment`` and ``suffix_order`` do not
-        matter. ``other_embeddings`` says what to do without ``known``.
-    known : ContentEmbeddings, optional
-        What the table was made from, to compare the first n rows with. Without it ``other_embeddings=accept`` is
-        needed: nothing else tells another encoder, or a catalogue numbered anew, of which names would be nonsense.
+        matter, nor does ``other_embeddings``: the rows themselves are compared.
+    known : ContentEmbeddings
+        What the table was made from, to compare the first n rows with: nothing else tells another encoder, or a
+        catalogue numbered anew, of which names would be nonsense.
 
     Returns
     -------
@@ -78,7 +79,12 @@ def extend(
             f"embeddings of {len(x_ND)} items and {x_ND.shape[1]} columns do not extend a table of {old} items whose "
             f"tokenizer reads {checkpoint.input_dim} columns: encode the grown catalogue with the old encoder"
         )
-    _check_known(known, embeddings, previous, checkpoint, config)
+    require(
+        config.suffix_size == previous.suffix_size,
+        f"sids.suffix_size is {config.suffix_size}, the table has {previous.suffix_size}: symbols would mean others; "
+        "keep the table's, or train again",
+    )
+    _check_known(known, embeddings, previous, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     rule = config.model_copy(update={"assignment": "nearest"})
     shortest = space_of(previous).shortest or len(previous.codebook_sizes)
@@ -124,21 +130,12 @@ def check_extends(previous: SidTable, grown: SidTable) -> None:
 
 
 def _check_known(
-    known: ContentEmbeddings | None,
+    known: ContentEmbeddings,
     embeddings: ContentEmbeddings,
     previous: SidTable,
     checkpoint: TokenizerCheckpoint,
-    config: SidConfig,
 ) -> None:
-    """Refuse embeddings whose first rows are not what the table was made from, as far as that can be known."""
-    if known is None:
-        if config.other_embeddings == "refuse":
-            raise ArtifactError(
-                "nothing says that the first rows of these embeddings are what the table was made from: give the "
-                "embeddings of the old catalogue, or set sids.other_embeddings=accept where the same encoder read a "
-                "catalogue that keeps the old items in their order"
-            )
-        return
+    """Refuse embeddings whose first rows are not what the table was made from."""
     source = previous.provenance.parents.get("ContentEmbeddings")
     if known.fingerprint not in (checkpoint.embeddings, source) or len(known.matrix) != previous.num_items:
         raise ArtifactError(

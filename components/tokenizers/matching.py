@@ -117,12 +117,11 @@ def match_codes(old: SidTable, new: SidTable) -> list[Tensor]:
     """
     old_ML, new_ML = _shared(old, new)
     if new.shared:
-        found = [_assign(_counts(old_ML.ravel(), new_ML.ravel(), new.codebook_sizes[0]))]
+        found = [_assign(old_ML.ravel(), new_ML.ravel(), new.codebook_sizes[0])]
     else:
         agrees_M, found = np.ones(len(old_ML), dtype=bool), []
         for before_M, now_M, size in zip(old_ML.T, new_ML.T, new.codebook_sizes, strict=True):
-            still = _counts(before_M[agrees_M], now_M[agrees_M], size)
-            found.append(_assign(still * (len(old_ML) + 1) + _counts(before_M, now_M, size)))
+            found.append(_assign(before_M, now_M, size, agrees_M))
             agrees_M &= _relabelled(now_M, found[-1]) == before_M
     same = [np.arange(len(labels)) for labels in found]
     best = max(
@@ -240,16 +239,34 @@ def _shared(old: SidTable, new: SidTable) -> tuple[Codes, Codes]:
     return padded_codes(old).numpy(), padded_codes(new).numpy()[: old.num_items]
 
 
-def _counts(old_M: Codes, new_M: Codes, size: int) -> Codes:
-    """Count items by new code (rows) and old code (columns), of the codes that can be labels: (K, K)."""
+def _assign(old_M: Codes, new_M: Codes, size: int, agrees_M: NDArray[np.bool_] | None = None) -> Codes:
+    """Return the label of each of ``size`` new codes that makes the sum of shared items largest.
+
+    Of codes in use alone: their table is no larger than items need, however many codes there are. What is left of the
+    codes keeps its own number where that is free, and else takes the lowest that is.
+
+    Parameters
+    ----------
+    old_M, new_M : array
+        (M,) codes of the shared items, -1 for none; an old code beyond ``size`` can be no label.
+    size : int
+        K, codes of the new codebook.
+    agrees_M : array, optional
+        (M,) items that decide first; all others break ties.
+    """
     both = (old_M >= 0) & (old_M < size) & (new_M >= 0)
-    return np.bincount(new_M[both] * size + old_M[both], minlength=size * size).reshape(size, size)
-
-
-def _assign(gain_KK: Codes) -> Codes:
-    """Return the label of each code that makes the sum of gains largest."""
-    labels_K: Any = linear_sum_assignment(gain_KK, maximize=True)[1]
-    return np.asarray(labels_K, dtype=np.int64)
+    new_codes, row = np.unique(new_M[both], return_inverse=True)
+    old_codes, column = np.unique(old_M[both], return_inverse=True)
+    weight = 1.0 if agrees_M is None else 1.0 + agrees_M[both] * (len(old_M) + 1.0)
+    gain = np.zeros((len(new_codes), len(old_codes)))
+    np.add.at(gain, (row, column), weight)
+    chosen: Any = linear_sum_assignment(gain, maximize=True)
+    labels_K = np.full(size, -1)
+    labels_K[new_codes[chosen[0]]] = old_codes[chosen[1]]
+    own = np.intersect1d(np.flatnonzero(labels_K < 0), np.setdiff1d(np.arange(size), labels_K))
+    labels_K[own] = own
+    labels_K[labels_K < 0] = np.setdiff1d(np.arange(size), labels_K)
+    return labels_K
 
 
 def _relabelled(codes_M: Codes, labels_K: Codes) -> Codes:

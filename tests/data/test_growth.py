@@ -193,6 +193,17 @@ def test_only_newcomers_are_left_out_and_never_everything() -> None:
         leave_out(log, catalog, known, pl.Series([1, 2], dtype=pl.UInt32))
 
 
+def test_newcomers_that_are_dropped_need_no_metadata_and_are_counted_once() -> None:
+    known = settle(raw([(0, 0, 0)]), FEW).catalog
+    data = raw([(0, 0, 5), (0, 1, 6), (1, 2, 6), (1, 0, 7)])
+    data = data._replace(items=data.items.filter(pl.col("raw_id") != "i2"))
+    for unknown in ("fail", "drop", "keep"):
+        config = IngestConfig(k_core=0, newcomers="drop", unknown_items=unknown)
+        statistics = settle(data, config, known).log.statistics
+        assert statistics["events_of_unknown_items"] == 0
+        assert (statistics["newcomers_dropped"], statistics["events_of_newcomers_dropped"]) == (2, 2)
+
+
 def test_events_of_known_items_need_no_metadata() -> None:
     known = settle(raw([(0, 0, 0), (0, 1, 0)]), FEW).catalog
     data = raw([(0, 0, 5), (0, 2, 6)])

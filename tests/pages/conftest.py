@@ -16,18 +16,35 @@ import polars as pl
 import pytest
 import torch
 
-from components.artifacts import ItemCatalog, SequenceSplit
+from components.artifacts import (
+    EvaluationReport,
+    ItemCatalog,
+    RecommenderCheckpoint,
+    SequenceSplit,
+    SidDrift,
+    SidTable,
+)
 from components.data.splits import SplitConfig, hold_out
+from components.metrics.ablation import Measured, ablate, run_name
 from components.metrics.compare import CompareConfig, compare
+from components.metrics.drift import DriftConfig, drift
+from components.metrics.figures import ablation_figure
 from components.metrics.report import EvaluateConfig, evaluate_baselines, evaluate_recommender
 from components.metrics.sids import CollisionConfig, analyze
+from components.metrics.windows import Window, over_windows
+from components.pages.ablation import ablation_page
 from components.pages.data import data_page, split_page
 from components.pages.embeddings import embeddings_page
 from components.pages.html import Html
+from components.pages.names import churn_page, drift_page
 from components.pages.results import comparison_page, results_page
 from components.pages.sids import collisions_page, sids_page
 from components.pages.training import training_page
+from components.pages.windows import windows_page
 from components.seams import Ranking
+from components.tokenizers.extend import extend
+from components.tokenizers.matching import churn, rename
+from components.tokenizers.sids import SidConfig
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -229,16 +246,53 @@ def pages(tiny, material: Material) -> dict[str, Html]:
     ranking = Ranking(torch.from_numpy(items_Uk), torch.zeros(items_Uk.shape))
     baselines = evaluate_baselines(split, config)
     report = evaluate_recommender("<b>mine</b>", lambda *_: ranking, split, config, baselines)
+    comparison = compare([report], CompareConfig(resamples=100))
+    windows = [
+        Window(until="2024-01-01", events=9, items=5, test_users=3),
+        Window(until="2024-02-01", skipped="no user has <an> event"),
+    ]
     collisions = analyze(tiny.sids, catalog, CollisionConfig(), events=events, embeddings=tiny.embeddings)
+    trained = RecommenderCheckpoint(weights={}, config={}, sids=collisions.sids, step=1, epoch=1, metrics={})
+    arms = ablate(
+        [
+            Measured(arm, "two_stage", against, seed, named(report, run_name(arm, seed)), collisions, trained)
+            for arm, against in (("plain", None), ("<new>", "plain"))
+            for seed in (0, 1)
+        ]
+    )
     return {
         "data": data_page(tiny.log, catalog),
         "split": split_page(split, tiny.log, catalog),
-        "embeddings": embeddings_page(tiny.embeddings, catalog),
+        "embeddings": embeddings_page(replace(tiny.embeddings, catalog=catalog.fingerprint), catalog),
         "training": training_page(
             "Joint <training>", HISTORY, {"loss": 0.1}, 40, [("epoch", "4")], "why <it> stopped"
         ),
         "sids": sids_page(tiny.sids, catalog, split),
         "collisions": collisions_page(collisions, catalog),
         "results": results_page("<b>mine</b>", report, split, catalog, items_Uk, "kept"),
-        "comparison": comparison_page(compare([report], CompareConfig(resamples=100))),
+        "comparison": comparison_page(comparison),
+        "ablation": ablation_page(arms, ablation_figure(arms)),
+        "windows": windows_page(windows, over_windows(windows, [comparison])),
+        "drift": drift_page(grown_by_twins(tiny)),
+        "churn": churn_page(churn(tiny.sids, relabelled(tiny.sids), tiny.sids)),
     }
+
+
+def named(report: EvaluationReport, name: str) -> EvaluationReport:
+    """The report under another name of the method."""
+    method = pl.col("method").replace("<b>mine</b>", name)
+    return replace(
+        report, ranks=report.ranks.with_columns(method), metrics=report.metrics.with_columns(method)
+    )
+
+
+def grown_by_twins(tiny) -> SidDrift:
+    """A report beyond two limits: every third item came twice."""
+    both = torch.cat([tiny.embeddings.matrix, tiny.embeddings.matrix[::3]])
+    grown = replace(tiny.embeddings, vectors={"vectors": both})
+    now = extend(tiny.tokenizer, grown, tiny.sids, SidConfig(suffix_size=32), tiny.embeddings)
+    return drift(tiny.tokenizer, grown, tiny.sids, now, DriftConfig(max_new_share=0.2))
+
+
+def relabelled(table: SidTable) -> SidTable:
+    return rename(table, [torch.arange(8).roll(level) for level in range(3)], table.tokenizer, table)

@@ -6,11 +6,15 @@ from types import SimpleNamespace
 import pytest
 from flytekit.deck import Deck
 from flytekit.deck.deck import _get_deck
+from matplotlib.image import imread
 
 from components.pages.html import Html
 from components.pages.page import document
 
-PAGES = ("data", "split", "embeddings", "training", "sids", "collisions", "results", "comparison")
+PAGES = (
+    *("data", "split", "embeddings", "training", "sids", "collisions", "results", "comparison"),
+    *("ablation", "windows", "drift", "churn"),
+)
 FONTS = "https://fonts.googleapis.com/"
 """What flytekit's own frame asks for."""
 ENOUGH = 4.5
@@ -69,6 +73,20 @@ def test_a_page_is_silent_self_contained_and_readable(
     assert seen.answer["texts"] > 20
     assert seen.answer["faint"] == []
     assert seen.answer["ground"] == ("rgb(21, 24, 27)" if dark else "rgb(255, 255, 255)")
+
+
+def test_every_kind_of_page_is_opened(pages) -> None:
+    assert set(PAGES) == set(pages)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_glares_on_dark_ground(browser, pages, tmp_path: Path, name: str) -> None:
+    """Letters and marks are light there, grounds are not; a picture that keeps its white ground is most of a page."""
+    file = tmp_path / f"{name}.html"
+    file.write_text(document(name, pages[name]))
+    browser.open(file, dark=True, picture=str(tmp_path / "seen.png"))
+    light = imread(tmp_path / "seen.png")[..., :3].mean(axis=-1)
+    assert (light > 0.8).mean() < 0.05
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -76,6 +76,15 @@ def test_the_kept_step_is_marked_on_the_axis_of_steps() -> None:
     assert place == pytest.approx(first + (last - first) / 4, abs=0.1)
 
 
+@pytest.mark.parametrize("kept", [-50, 0, 100, 400])
+def test_the_kept_step_is_inside_the_chart_wherever_the_curve_lies(kept: int) -> None:
+    """A resumed training shows what came since, and may keep what came before."""
+    figure = lines("", [Curve("", [0, 100], [1, 2])], kept=kept)
+    (mark,) = of_class(figure, "kept")
+    place = float(re.match(r"M([\d.-]+) ", mark.get("d", ""))[1])  # type: ignore[index]
+    assert 42 <= place <= 336
+
+
 def test_labels_of_curves_do_not_cover_one_another() -> None:
     figure = lines(
         "", [Curve(str(i), [0, 1], [0, i / 100]) for i in range(5)] + [Curve("far", [0, 1], [0, 1])]

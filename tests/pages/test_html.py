@@ -1,6 +1,7 @@
 """What is no HTML becomes text, wherever it is put in; names of items are short and never empty."""
 
 from dataclasses import replace
+from math import isfinite
 from xml.etree import ElementTree
 
 import polars as pl
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.pages.html import LONGEST, Html, item_names, join, number, tag, text
+from components.pages.html import LONGEST, Html, item_names, join, number, percent, tag, text
 from components.pages.page import Section, cards, document, facts, page, paragraph, table
 
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40)
@@ -55,7 +56,12 @@ def test_items_are_called_by_title_or_else_by_text_or_raw_id_and_cut(tiny) -> No
         (0.123456, "0.1235"),
         (1234.56, "1,234.6"),
         (-0.5, "−0.5"),
+        (float("nan"), "not a number"),
+        (float("inf"), "infinite"),
+        (float("-inf"), "infinitely negative"),
     ],
 )
 def test_figures_are_written_for_people(value: float, written: str) -> None:
     assert number(value) == written
+    if not isfinite(value):
+        assert percent(value) == written

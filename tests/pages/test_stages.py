@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from components.artifacts import SidTable
+from components.data.growth import leave_out
 from components.data.splits import SplitConfig, count_events, hold_out
 from components.metrics.sids import CollisionConfig, analyze
 from components.pages.data import _part_times, data_page, split_page
@@ -63,6 +64,17 @@ def test_a_statistic_that_the_page_does_not_know_is_shown_by_its_name(tiny) -> N
     log = replace(tiny.log, statistics=tiny.log.statistics | {"blue_moons": 7, "by_kind": {"a_b": 2}})
     found = dict(rows(section(data_page(log, tiny.catalog), "From what was read to what is kept")))
     assert found["blue moons"] == "7" and found["by kind: a b"] == "2"
+
+
+def test_a_log_that_grew_says_what_came_and_what_was_left_out(tiny) -> None:
+    """The names of figures that only such a log has are spelt out like the others."""
+    known = replace(tiny.catalog, items=tiny.catalog.items.head(100))
+    last = tiny.catalog.items["item_id"].tail(5)
+    log, catalog = leave_out(tiny.log, tiny.catalog, known, last)
+    found = dict(rows(section(data_page(log, catalog), "From what was read to what is kept")))
+    assert found["new items set aside because the encoder cannot read them"] == "5"
+    assert found["items in the catalogue"] == "115" and found["items that came to it"] == "15"
+    assert found["events kept"] == f"{len(log.events):,}"
 
 
 def test_a_log_without_times_says_so(tiny) -> None:
@@ -188,8 +200,9 @@ def test_a_tree_of_100_000_items_is_no_larger_than_a_megabyte(tiny) -> None:
     )
     codes = codes.with_columns(suffix=pl.int_range(pl.len(), dtype=pl.UInt16).over("codes"))
     table = replace(tiny.sids, codes=codes, codebook_sizes=[256] * 4)
-    split = replace(tiny.split, num_items=count)
-    page = sids_page(table, replace(tiny.catalog, items=items), split)
+    catalog = replace(tiny.catalog, items=items)
+    split = replace(tiny.split, num_items=count, catalog=catalog.fingerprint)
+    page = sids_page(table, catalog, split)
     assert 100_000 < len(page.encode()) < 1_000_000
     assert page.count("<details>") == PREFIXES and page.count('class="leaf"') <= LEAVES * (PREFIXES + 1)
 
@@ -230,6 +243,51 @@ def test_recommendations_mark_the_target_where_it_stands_and_only_there(material
             assert note == ("Target, place 3" if place else "Target, not among 20")
     assert {row % 3 for row, title in seen.items() if title == "Found"} == {0}
     assert {row % 3 for row, title in seen.items() if title == "Missed"} == {1, 2}
+
+
+def test_a_training_that_went_wrong_has_its_page_and_levels_stand_in_order() -> None:
+    figures = {"loss": float("nan"), "best": float("inf")} | {f"sids/use/level{n}": n for n in (1, 2, 10)}
+    history = [(step, {f"sids/use/level{n}": 1.0 * n for n in (10, 2, 1)}) for step in (1, 2)]
+    page = training_page("Broken", history, figures, 1)
+    shown = {row[0]: row[1:] for row in rows(section(page, "What was kept"))}
+    assert (shown["loss"][0], shown["best"][0]) == ("not a number", "infinite")
+    chart = next(section(page, "Semantic IDs").iter("svg"))
+    strength = [
+        float(line.get("stroke-opacity")) for line in chart.iter("path") if line.get("class") == "line"
+    ]
+    highest = [
+        float(line.get("d")[1:].split("L")[0].split()[1])
+        for line in chart.iter("path")
+        if line.get("class") == "line"
+    ]
+    assert strength == sorted(strength, reverse=True) and highest == sorted(highest, reverse=True)
+
+
+def test_a_page_with_the_names_of_other_items_is_refused(material, tiny) -> None:
+    """Equal numbers of items are not equal items."""
+    other = replace(tiny.catalog, items=tiny.catalog.items.with_columns(title=pl.lit("x")))
+    for make in (
+        lambda: split_page(tiny.split, tiny.log, other),
+        lambda: embeddings_page(tiny.embeddings, other),
+        lambda: sids_page(tiny.sids, other, tiny.split),
+        lambda: results_page("x", None, material.split, other, material.items_Uk, "kept"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"_page: made of ItemCatalog .* ids mean other items"):
+            make()
+
+
+def test_the_page_of_names_holds_every_check_reason_and_share(pages, tiny) -> None:
+    page = pages["drift"]
+    checks = rows(section(page, "Limits"))
+    assert [row[3] for row in checks].count("beyond") == len(
+        list(section(page, "What speaks for it").iter("p"))
+    )
+    assert "25.0% of the catalogue is new" in told(section(page, "What speaks for it"))
+    assert len(rows(section(page, "Levels"))) == 3
+    shares = rows(section(pages["churn"], "Share of items whose name changed"))
+    assert [row[0] for row in shares] == ["SID", "codes", "level 1", "level 2", "level 3"]
+    assert shares[2][1:] == ["0.0%", "0.0%"] and shares[3][1:] == ["100.0%", "0.0%"]
+    assert figures(pages["churn"])["keep their whole name"] == "100.0%"
 
 
 def test_lists_of_other_users_are_refused(material, pages, tiny) -> None:
@@ -277,7 +335,8 @@ def test_a_comparison_calls_above_or_below_only_what_leaves_out_0(pages) -> None
 def test_vectors_that_tell_nothing_apart_have_a_page(tiny, count: int) -> None:
     """Of one item, or all alike and of length 0."""
     few = replace(tiny.catalog, items=tiny.catalog.items.head(count))
-    zeros = replace(tiny.embeddings, vectors={"vectors": torch.zeros(count, 4)}, normalised=False)
+    vectors = {"vectors": torch.zeros(count, 4)}
+    zeros = replace(tiny.embeddings, vectors=vectors, normalised=False, catalog=few.fingerprint)
     told_ = figures(embeddings_page(zeros, few))
     assert told_["vectors of length 0"] == str(count)
     assert told_["median cosine to the nearest other item"] == ("none" if count == 1 else "0.00")

@@ -12,9 +12,11 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from components.artifacts import Bundle
-from components.data.batches import held_out_rows
+from components.data.batches import Rows, held_out_rows
 from components.embeddings import LsaConfig, fit_encoder
 from components.recommenders import batch_scoring
 from components.recommenders.batch_scoring import ScoreConfig, Scored, score_file
@@ -26,7 +28,9 @@ from components.recommenders.serving import (
     BundleRanker,
     RequestError,
     check_histories,
+    latest_rows,
     read_histories,
+    search_width,
     training_popularity,
 )
 from components.seams import Ranker, Ranking
@@ -188,9 +192,86 @@ def test_any_length_up_to_the_catalogue_can_be_asked_for(ranker, ids, k: int) ->
         assert set(ids[:50]) <= set(kept["items"][0])
 
 
-def test_short_lists_are_beginnings_of_longer_ones(ranker, ids) -> None:
-    some = column(ids[3:5], ids[60:63])
-    assert ranker.recommend(some, 3)["items"].equals(ranker.recommend(some, 20)["items"].list.head(3))
+@pytest.mark.parametrize(("short", "long"), [(3, 20), (19, 20), (21, 40), (25, 33), (41, 80)])
+def test_short_lists_are_beginnings_of_longer_ones_that_are_searched_alike(
+    ranker, ids, short: int, long: int
+) -> None:
+    some = column(*(ids[i : i + 2] for i in range(0, 100, 5)))
+    assert ranker.recommend(some, short)["items"].equals(
+        ranker.recommend(some, long)["items"].list.head(short)
+    )
+
+
+@given(st.integers(1, 1000))
+def test_a_search_is_as_wide_as_the_list_and_less_than_twice_that(k: int) -> None:
+    assert k <= search_width(k) < max(2 * k, 21) and search_width(k) % 20 == 0
+
+
+def test_exact_lists_are_beginnings_of_all_longer_ones(tiny, ids) -> None:
+    ranker = BundleRanker(bundle_of(tiny, IntrrConfig(**SIZES)), CPU)
+    some = column(*(ids[i : i + 2] for i in range(0, 100, 5)))
+    longest = ranker.recommend(some, 100, decode="exact")["items"]
+    for k in (5, 20, 21, 40, 41):
+        assert ranker.recommend(some, k, decode="exact")["items"].equals(longest.list.head(k))
+
+
+def test_a_list_that_is_shorter_than_asked_says_why(ranker, ids) -> None:
+    answer = ranker.recommend(column(ids[:50], ["x", *ids[:119]], ids[:2], None), 110)
+    assert answer["warning"].to_list() == [
+        "the list has 70 of 110 items: the history holds all others",
+        "ignored 1 unknown item: 'x'; the list has 1 of 110 items: the history holds all others",
+        "",
+        "the history is empty, so these are the most popular items",
+    ]
+    assert ranker.recommend(column(ids), 1)["items"].to_list() == [[]]
+    assert set(ranker.recommend(column(ids[:50]), 120, exclude_seen=False)["warning"]) == {""}
+
+
+def test_a_list_longer_than_any_that_is_served_is_refused(bundle, ids, monkeypatch) -> None:
+    monkeypatch.setattr("components.recommenders.serving.MOST", 50)
+    ranker = BundleRanker(bundle, CPU)
+    assert ranker.recommend(column(ids[:2]), 50)["items"].list.len().item() == 50
+    with pytest.raises(RequestError, match="from 1 to 50, the longest list that is served; got 51"):
+        ranker.recommend(column(ids[:2]), 51)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), min_size=1, max_size=6), st.integers(1, 8)
+)
+def test_of_long_histories_the_latest_are_kept_and_one_of_each_earlier_item(histories, most: int) -> None:
+    end = np.cumsum([len(each) for each in histories])
+    start = np.concatenate([[7], end + 7])[:-1]
+    rows = Rows(np.array([9] * 7 + sum(histories, [])), start, end + 7, np.zeros_like(end))
+    for keep_seen in (True, False):
+        cut = latest_rows(rows, most, keep_seen=keep_seen)
+        for history, first, last in zip(histories, cut.start, cut.end, strict=True):
+            kept = cut.values[first:last].tolist()
+            assert kept[-most:] == history[-most:]
+            assert keep_seen or len(kept) <= most
+            if keep_seen:
+                assert set(kept) == set(history)
+                assert len(history) <= most or len(kept) <= most + len(set(history) - set(history[-most:]))
+
+
+def test_a_long_history_is_answered_as_before_and_pads_nothing(tiny, bundle, ids, monkeypatch) -> None:
+    """Its latest items are read and all of them excluded; the batch is no wider than its different items."""
+    widths = []
+    long, short = column(ids[:40] * 50 + ids[40:45]), column(ids[:3])
+    ranker = BundleRanker(bundle, CPU)
+    within = ranker._rankers["beam"]
+
+    class Watched:
+        def rank(self, batch: Any, *arguments: Any, **settings: Any) -> Ranking:
+            widths.append(batch.items.shape[1])
+            return within.rank(batch, *arguments, **settings)
+
+    ranker._rankers["beam"] = Watched()
+    together = ranker.recommend(pl.concat([long, short]), 20)
+    assert max(widths) == 45
+    assert together["items"][1].equals(ranker.recommend(short, 20)["items"][0])
+    monkeypatch.setattr("components.recommenders.serving.latest_rows", lambda rows, *_, **__: rows)
+    uncut = ranker.recommend(pl.concat([long, short]), 20)
+    assert max(widths) == 2005 and uncut["items"].equals(together["items"])
 
 
 def test_nothing_asked_is_nothing_answered(ranker) -> None:
@@ -271,7 +352,8 @@ def test_histories_are_read_as_clients_send_them(values: list[Any], wanted: list
         ([[True]], r"row 0 holds \[True\]"),
         ([[b"a"]], r"row 0 holds \[b'a'\]"),
         ([[2**80]], "row 0 holds"),
-        ([["\ud800"]], ".*surrogates not allowed"),
+        ([["a"], ["b", "\ud800"]], r"row 1 holds \['b', '\\ud800'\]"),
+        (["\ud800"], r"row 0 holds '\\ud800'"),
     ],
 )
 def test_what_is_no_history_is_refused_by_row(values: list[Any], place: str) -> None:

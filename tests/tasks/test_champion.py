@@ -13,11 +13,11 @@ from components.recommenders.causal import CausalConfig
 from components.recommenders.serving import training_popularity
 from components.tokenizers.sids import SidConfig
 from components.training.recommender import RecommenderStage, train_recommender
-from tasks.champion import OPENED, find_names, in_use, open_champion, trained_table
+from tasks.champion import find_names, in_use, open_champion, trained_table
 from tasks.model import log_bundle
 from tasks.new_items import extend_sids
-from tasks.runs import BUNDLE, open_store
-from tasks.tracking import everywhere_one_store, start_pipeline, tracked
+from tasks.runs import BUNDLE, CHAMPION, everywhere_one_store, open_store
+from tasks.tracking import start_pipeline, tracked
 
 CONFIG = PromoteConfig()
 STAGE = RecommenderStage.model_validate(
@@ -89,7 +89,7 @@ def test_the_parts_of_the_champion_come_with_what_its_table_was_made_from(flyte_
     assert found.embeddings.fingerprint == tiny.embeddings.fingerprint
     assert found.trained_catalog.fingerprint == found.catalog.fingerprint == tiny.catalog.fingerprint
     assert found.recommender.fingerprint == trained.fingerprint
-    assert open_store().get_run(pipeline).data.tags[OPENED] == "mlflow:sidflow/1"
+    assert open_store().get_run(pipeline).data.tags[CHAMPION] == "mlflow:sidflow/1"
     names = find_names(config=CONFIG)
     assert [table.fingerprint for table in names.sids] == [tiny.sids.fingerprint]
     assert [catalog.fingerprint for catalog in names.catalogs] == [tiny.catalog.fingerprint]

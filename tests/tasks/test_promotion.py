@@ -2,24 +2,26 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import polars as pl
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from components.artifacts import Bundle, EvaluationReport, ItemCatalog, Promotion
 from components.data.batches import held_out_rows
 from components.embeddings import LsaConfig, fit_encoder
-from components.metrics.promotion import CHAMPION, PromoteConfig
+from components.metrics.promotion import PromoteConfig, decide
 from components.metrics.report import EvaluateConfig, evaluate_baselines, evaluate_recommender
 from components.recommenders.causal import CausalConfig
 from components.recommenders.serving import BundleRanker, training_popularity
 from components.training.recommender import RecommenderStage, train_recommender
 from tasks.promotion import DECISION, PENDING, REASON, answers_of, promote
-from tasks.runs import open_store
+from tasks.runs import everywhere_one_store, open_store
 from tasks.store import keep
-from tasks.tracking import everywhere_one_store
+from tasks.tracking import start_pipeline
 
 SETTINGS = EvaluateConfig(ks=[5, 10], resamples=100)
 MODEL = CausalConfig(dim=16, layers=1, heads=2, head_dim=8, hidden=32)
@@ -46,7 +48,8 @@ def reports(tiny, bundles) -> tuple[EvaluationReport, EvaluationReport]:
 
     def report(bundle: Bundle) -> EvaluationReport:
         ranks = answers_of(BundleRanker(bundle, torch.device("cpu")), tiny.catalog, SETTINGS.beams)
-        return evaluate_recommender("mine", ranks, tiny.split, SETTINGS, baselines)
+        details = {"recommender": bundle.recommender.fingerprint}
+        return evaluate_recommender("mine", ranks, tiny.split, SETTINGS, baselines, details)
 
     return report(bundles[0]), report(bundles[1])
 
@@ -122,7 +125,8 @@ def test_a_better_model_takes_the_place(flyte_home, tiny, bundles, reports):
 def test_the_champion_itself_is_not_registered_again(flyte_home, tiny, bundles, reports):
     for _ in range(2):
         done = promote(bundle=bundles[0], report=reports[0], split=tiny.split, config=PromoteConfig())
-    assert not done.promoted and done.reason == "kept: version 1 is the champion already"
+    assert not done.promoted and done.reason == "kept: version 1, the champion, is the same model"
+    assert str(champion_of().version) == "1"
     assert len(open_store().search_model_versions("name = 'sidflow'")) == 1
 
 
@@ -135,7 +139,7 @@ def test_a_promotion_that_breaks_leaves_the_champion_and_does_not_block_the_next
         patch.setattr("tasks.promotion.decide", lambda *_: (_ for _ in ()).throw(RuntimeError("no GPU left")))
         promote(bundle=bundles[0], report=reports[0], split=tiny.split, config=config)
     assert str(champion_of().version) == "1"
-    assert open_store().get_model_version("sidflow", "2").tags[REASON] == "failed: no GPU left"
+    assert open_store().get_model_version("sidflow", "2").tags[REASON] == "failed: RuntimeError: no GPU left"
     assert promote(bundle=bundles[0], report=reports[0], split=tiny.split, config=config).promoted
 
 
@@ -146,41 +150,140 @@ def test_a_promotion_that_died_is_not_waited_for_longer_than_patience(flyte_home
     model = client.create_logged_model(experiment, "dead")
     with everywhere_one_store():
         client.create_model_version("sidflow", model.model_uri, tags={DECISION: PENDING})
-    config = PromoteConfig(patience_minutes=0.01)
+    config = PromoteConfig(patience_minutes=0.005)
     assert promote(bundle=bundles[0], report=reports[0], split=tiny.split, config=config).promoted
     assert client.get_model_version("sidflow", "1").tags[DECISION] == "abandoned"
 
 
-def test_report_and_bundle_of_different_catalogues_are_refused(flyte_home, tiny, bundles, reports):
+def test_a_report_of_another_model_and_a_split_of_another_catalogue_are_refused(
+    flyte_home, tiny, bundles, reports
+):
     wrong = replace(tiny.split, catalog="other")
-    with pytest.raises(Exception, match="must be of one catalogue and one split"):
-        promote(bundle=bundles[0], report=reports[0], split=wrong, config=PromoteConfig())
+    for report, split in ((reports[0], wrong), (reports[1], tiny.split)):
+        with pytest.raises(Exception, match="the report must be of this bundle's recommender"):
+            promote(bundle=bundles[0], report=report, split=split, config=PromoteConfig())
     assert not open_store().search_registered_models()
 
 
-def test_two_promotions_at_once_end_with_one_champion_and_both_reasons(flyte_home, tiny, bundles, reports):
-    """Two processes, the better and the worse model, started together: whichever is first, the better one stands."""
-    script = (
-        "import sys; from tasks.promotion import promote; from components.metrics.promotion import PromoteConfig\n"
-        "bundle, report, split = sys.argv[1:]\n"
-        "promote(bundle=bundle, report=report, split=split, config=PromoteConfig())"
+def test_an_alias_that_somebody_moves_meanwhile_is_compared_with_anew(
+    flyte_home, tiny, bundles, reports, monkeypatch
+):
+    """The worst is champion; while a middling model is judged against it, somebody sets the best one by hand."""
+    config = PromoteConfig()
+    promote(bundle=bundles[1], report=reports[1], split=tiny.split, config=config)
+    promote(bundle=bundles[0], report=reports[0], split=tiny.split, config=config)
+    client, seen = open_store(), []
+    client.set_registered_model_alias("sidflow", "champion", "1")
+    middling = replace(bundles[1], recommender=replace(bundles[1].recommender, step=10**6))
+    report = replace(
+        reports[1], details=reports[1].details | {"recommender": middling.recommender.fingerprint}
     )
-    split = keep(tiny.split)
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(keep(bundle)), str(keep(report)), str(split)],
+
+    def by_hand(*arguments):
+        if not seen:
+            client.set_registered_model_alias("sidflow", "champion", "2")
+        seen.append(arguments[-1])
+        return decide(*arguments)
+
+    monkeypatch.setattr("tasks.promotion.decide", by_hand)
+    done = promote(bundle=middling, report=report, split=tiny.split, config=config)
+    assert seen == ["version 1", "version 2"]
+    assert not done.promoted and str(champion_of().version) == "2"
+
+
+def test_a_promotion_that_was_given_up_does_not_move_the_alias_later(
+    flyte_home, tiny, bundles, reports, monkeypatch
+):
+    client = open_store()
+
+    def slow(*arguments):
+        client.set_model_version_tag("sidflow", "1", DECISION, "abandoned")
+        return decide(*arguments)
+
+    monkeypatch.setattr("tasks.promotion.decide", slow)
+    with pytest.raises(Exception, match="was given up by a later promotion"):
+        promote(bundle=bundles[0], report=reports[0], split=tiny.split, config=PromoteConfig())
+    assert not client.get_registered_model("sidflow").aliases
+
+
+def test_a_second_attempt_goes_on_with_the_version_of_the_first(
+    flyte_home, tiny, bundles, reports, monkeypatch
+):
+    """Broken before the decision, and broken right after the alias moved: one version, one champion, one reason."""
+    config = PromoteConfig()
+    pipeline = start_pipeline("two_stage", "sidflow", config)
+    given = {
+        "bundle": bundles[0],
+        "report": reports[0],
+        "split": tiny.split,
+        "config": config,
+        "run_id": pipeline,
+    }
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="machine lost"):
+        patch.setattr(
+            "tasks.promotion.decide", lambda *_: (_ for _ in ()).throw(RuntimeError("machine lost"))
+        )
+        promote(**given)
+    real = MlflowClient.set_registered_model_alias
+
+    def moved_and_lost(self, *arguments):
+        real(self, *arguments)
+        raise RuntimeError("machine lost")
+
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="machine lost"):
+        patch.setattr(MlflowClient, "set_registered_model_alias", moved_and_lost)
+        promote(**given)
+    done = promote(**given)
+    assert done.promoted and done.version == 1
+    assert len(open_store().search_model_versions("name = 'sidflow'")) == 1
+    version = champion_of()
+    assert version.tags[DECISION] == "promoted"
+
+
+def test_two_promotions_at_once_end_with_one_champion_and_both_reasons(
+    flyte_home, tmp_path, tiny, bundles, reports
+):
+    """The worse model is first in the queue and slow: the better one waits, meets it as the champion and replaces it.
+
+    Without the queue the better one would find no champion, and the slow one would then replace it.
+    """
+    script = (
+        "import sys, time; from pathlib import Path; from tasks import promotion\n"
+        "from components.metrics.promotion import PromoteConfig\n"
+        "bundle, report, split, go = sys.argv[1:]\n"
+        "real = promotion._decide\n"
+        "def held(*arguments):\n"
+        "    while not Path(go).exists(): time.sleep(.05)\n"
+        "    return real(*arguments)\n"
+        "promotion._decide = held\n"
+        "promotion.promote(bundle=bundle, report=report, split=split, config=PromoteConfig())"
+    )
+    go, split, client = tmp_path / "go", str(keep(tiny.split)), open_store()
+
+    def start(number: int) -> subprocess.Popen[str]:
+        given = [str(keep(bundles[number])), str(keep(reports[number])), split, str(go)]
+        return subprocess.Popen(
+            [sys.executable, "-u", "-c", script, *given],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for bundle, report in zip(bundles, reports, strict=True)
-    ]
-    said = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    versions = open_store().search_model_versions("name = 'sidflow'")
-    assert len(versions) == 2
+
+    worse = start(1)
+    wait_until(lambda: len(client.search_model_versions("name = 'sidflow'")) == 1)
+    better = start(0)
+    wait_until(lambda: len(client.search_model_versions("name = 'sidflow'")) == 2)
+    go.touch()
+    said = [process.communicate(timeout=240)[0] for process in (worse, better)]
+    assert [worse.returncode, better.returncode] == [0, 0], said
     assert champion_of().tags["sidflow.bundle"] == bundles[0].fingerprint
-    reasons = {version.tags["sidflow.bundle"]: version.tags[REASON] for version in versions}
-    assert reasons[bundles[0].fingerprint].startswith("promoted: ")
-    assert len(set(reasons.values())) == 2 and all(reasons.values())
-    assert CHAMPION not in {version.tags[DECISION] for version in versions}
+    first, second = (client.get_model_version("sidflow", str(number)).tags for number in (1, 2))
+    assert "there was no champion" in first[REASON]
+    assert "of version 1" in second[REASON] and second[DECISION] == "promoted"
+
+
+def wait_until(true, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -15,13 +15,22 @@ from flytekit.models.core.types import BlobType
 from flytekit.models.literals import Blob, BlobMetadata, Literal, LiteralMap, Scalar
 from moto.server import ThreadedMotoServer
 
-from components.artifacts import ContentEmbeddings, RecommenderCheckpoint, SidTable, TokenizerCheckpoint
+from components.artifacts import (
+    Bundle,
+    ContentEmbeddings,
+    RecommenderCheckpoint,
+    SidTable,
+    TokenizerCheckpoint,
+)
 from components.config import Config
+from components.embeddings import LsaConfig, fit_encoder
 from components.folders import Artifact, ArtifactError
+from components.recommenders.serving import training_popularity
 from tasks import runtime
 from tasks.flyte_types import by_content
+from tasks.model import log_bundle
 from tasks.references import locate
-from tasks.runs import open_store
+from tasks.runs import BUNDLE, everywhere_one_store, open_store
 from tasks.store import local, publish, stored_at
 from tasks.tracking import finish_pipeline, start_pipeline, tracked
 
@@ -100,6 +109,32 @@ def test_a_run_is_linked_to_the_runs_that_it_read_from(chain):
     assert str(stored_at("TokenizerCheckpoint", "")) in sources["TokenizerCheckpoint"]
 
 
+def test_a_run_stands_for_what_it_read_itself_also_if_no_run_made_it(chain, tiny):
+    """Not for another of the kind, further up."""
+    by_hand = SidTable(
+        **{name: getattr(tiny.sids, name) for name in ("codes", "codebook_sizes", "shared", "tokenizer")},
+        suffix_size=64,
+    )
+    scored = made("analyze", [], [by_hand, tiny.tokenizer])
+    assert at(f"mlflow:{scored}", SidTable) == by_hand.fingerprint
+
+
+def test_an_attempt_that_failed_stands_for_nothing(chain, tiny):
+    pipeline = start_pipeline("two_stage", "sidflow", Settings())
+    with pytest.raises(RuntimeError), tracked("assign_sids", None, pipeline) as run:
+        run.output(tiny.sids)
+        raise RuntimeError("lost")
+    made("assign_sids", [tiny.sids], [], pipeline)
+    other = SidTable(
+        **{name: getattr(tiny.sids, name) for name in ("codes", "codebook_sizes", "shared", "tokenizer")},
+        suffix_size=64,
+    )
+    with pytest.raises(RuntimeError), tracked("assign_sids", None, pipeline) as run:
+        run.output(other)
+        raise RuntimeError("lost")
+    assert at(f"mlflow:{pipeline}", SidTable) == tiny.sids.fingerprint
+
+
 def test_a_pipeline_stands_for_its_stages_and_for_those_that_the_cache_answered(chain, tiny):
     pipeline = start_pipeline("joint", "sidflow", Settings())
     finish_pipeline(pipeline, [tiny.sids])  # no stage ran: all of them came from the cache
@@ -140,6 +175,38 @@ def test_a_registered_model_stands_for_the_run_that_logged_it(chain, tiny, monke
     for wrong in ("mlflow:shop@nobody", "mlflow:shop/7", "mlflow:other@champion"):
         with pytest.raises(ValueError, match="no such registered model, alias or version.*models: shop"):
             locate(wrong, "SidTable")
+
+
+def test_a_registered_model_brings_its_own_files_where_the_store_is_gone(
+    flyte_home, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    encoder = fit_encoder(tiny.catalog, LsaConfig(dim=16))
+    parts = {"catalog": tiny.catalog, "tokenizer": tiny.tokenizer, "sids": tiny.sids, "encoder": encoder}
+    recommender = RecommenderCheckpoint(
+        weights={}, config={}, sids=tiny.sids.fingerprint, step=0, epoch=0, metrics={}
+    )
+    bundle = Bundle(
+        **parts, recommender=recommender, popularity=training_popularity(tiny.split, tiny.catalog)
+    )
+    with tracked("log_model mine") as run:
+        uri = log_bundle(run, bundle)
+    client = open_store()
+    client.create_registered_model("shop")
+    with everywhere_one_store():
+        version = client.create_model_version(
+            "shop", uri, run.run_id, tags={BUNDLE: bundle.fingerprint}
+        ).version
+    client.set_registered_model_alias("shop", "champion", version)
+    shutil.rmtree(flyte_home / "artifacts")
+    assert at("mlflow:shop@champion", Bundle) == bundle.fingerprint
+    assert at("mlflow:shop@champion", SidTable) == tiny.sids.fingerprint
+    assert not (tmp_path / "mlflow.db").exists()
+    shutil.rmtree(flyte_home / "mlartifacts")
+    with pytest.raises(
+        ArtifactError, match="models:/shop/1: its Bundle is not on this machine, and its files at"
+    ):
+        locate("mlflow:shop@champion", "Bundle")
 
 
 @pytest.mark.parametrize("name", ["mlflow:", "mlflow:abc", "mlflow:shop@", "mlflow:a@b@c"])

@@ -23,7 +23,7 @@ from components.recommenders.causal import CausalConfig
 from components.recommenders.serving import BundleRanker
 from components.training.loop import LoopConfig
 from components.training.recommender import RecommenderStage, train_recommender
-from tasks.model import log_model
+from tasks.model import REQUIREMENTS, log_model, requirements
 from tasks.tracking import open_store
 
 SIZES: dict[str, Any] = {"dim": 16, "layers": 1, "heads": 2, "head_dim": 8, "hidden": 32}
@@ -161,6 +161,17 @@ def test_the_forms_in_which_mlflow_takes_tables_mean_the_same(post: Post, ids: l
         assert post(form | {"params": asked}) == wanted
 
 
+def test_instances_mean_the_same_where_mlflow_can_read_them(post: Post, ids: list[str]) -> None:
+    """It makes arrays of records, and of lists of unequal length it cannot; columns it takes as they are."""
+    wanted = post(records(ids[:3], ids[5:7], k=2))
+    assert wanted.status == HTTPStatus.OK
+    assert post({"instances": {"history": [ids[:3], ids[5:7]]}, "params": {"k": 2}}) == wanted
+    alike = [{"history": ids[:3]}, {"history": ids[5:8]}]
+    assert post({"instances": alike, "params": {"k": 2}}) == post(records(ids[:3], ids[5:8], k=2))
+    status, said = post({"instances": [{"history": ids[:3]}, {"history": ids[5:7]}]})
+    assert status == HTTPStatus.BAD_REQUEST and "inhomogeneous shape" in said
+
+
 def test_a_null_in_a_history_is_named_and_not_read_as_an_item(post: Post, ids: list[str]) -> None:
     """MLflow's own check of string lists would have cut the id to one letter."""
     with_null, without = (post(records(row, k=2)).body["predictions"][0] for row in ([ids[0], None], ids[:1]))
@@ -176,9 +187,12 @@ def test_a_null_in_a_history_is_named_and_not_read_as_an_item(post: Post, ids: l
         (b"\xff\xfe", "Ensure that input is a valid JSON formatted string"),
         ([["a"]], "Received a list"),
         ({"history": ["a"]}, "The input must be a JSON dictionary with exactly one of the input fields"),
-        ({"dataframe_records": [{"past": ["a"]}]}, "the request has no column history"),
-        ({"dataframe_records": []}, "the request has no column history"),
-        ({"messages": [{"role": "user", "content": "tea"}]}, "the request has no column history"),
+        ({"dataframe_records": [{"past": ["a"]}]}, "the request has no rows, or they have no column history"),
+        ({"dataframe_records": []}, "the request has no rows, or they have no column history"),
+        (
+            {"messages": [{"role": "user", "content": "tea"}]},
+            "the request has no rows, or they have no column history",
+        ),
         (records("a"), "history must be a list of item ids, which are strings; row 0 holds 'a'"),
         (records(["a"], 7), "history must be a list of item ids, which are strings; row 1 holds 7"),
         (records([22423]), "history must be a list of item ids, which are strings; row 0 holds [22423]"),
@@ -240,6 +254,39 @@ def test_the_model_in_this_process_answers_as_the_server(
     model = mlflow.pyfunc.load_model(uri)
     here = model.predict(pd.DataFrame({"history": [ids[:3], None]}), params={"k": 4})
     assert here.to_dict("records") == post(records(ids[:3], None, k=4)).body["predictions"]
+
+
+ALONE = """
+import json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("sklearn", "scipy", "faiss", "flytekit", "tasks", "matplotlib"):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Absent())
+import mlflow.pyfunc, pandas
+answer = mlflow.pyfunc.load_model(sys.argv[1]).predict(pandas.DataFrame({"history": [[sys.argv[2]]]}))
+assert len(answer["items"][0]) == 10, answer
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_the_model_asks_for_what_it_imports_and_for_no_more(uri: str, ids: list[str], module_home: Path) -> None:
+    """In a process without what is not listed; and everything that is listed is imported."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{module_home / 'mlflow.db'}"}
+    command = [sys.executable, "-c", ALONE, uri, ids[0]]
+    done = subprocess.run(
+        command, cwd=module_home, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    imported = json.loads(done.stdout.splitlines()[-1])
+    assert {name.replace("pyyaml", "yaml") for name in REQUIREMENTS} <= set(imported)
+
+
+def test_pinned_versions_are_those_of_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.model.version", lambda name: "2.13.0+cpu")
+    assert requirements()[0] == "torch==2.13.0" and "+" not in "".join(requirements())
 
 
 def test_the_bundle_of_the_model_knows_what_is_popular(tiny, bundle: Bundle) -> None:

@@ -51,6 +51,24 @@ def test_settings_become_parameters_with_dotted_names(client):
     assert run_of(client, run.run_id).data.params == {"optim.lr": "0.1", "words": '["a", "b"]'}
 
 
+@pytest.mark.parametrize(
+    "address", ["https://me:hunter2@shop.example/clicks.csv", "s3://logs/clicks.csv?X-Amz-Signature=abc"]
+)
+def test_settings_that_hold_a_secret_are_refused_before_anything_is_kept(client, address):
+    with (
+        pytest.raises(ValueError, match="words holds a password, key or token"),
+        tracked("fit", Settings(words=[address])) as run,
+    ):
+        pass
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert not run.data.params and "hunter2" not in str(run.data.tags) and "abc" not in str(run.data.tags)
+
+
+def test_two_of_a_kind_from_one_stage_are_refused(client):
+    with pytest.raises(ValueError, match="at most one of a kind"), tracked("fit") as run:
+        run.output(vectors(0), vectors(1))
+
+
 def test_a_very_long_setting_does_not_break_the_run(client):
     with tracked("fit", Settings(words=["x" * 9000])) as run:
         pass

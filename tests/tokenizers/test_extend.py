@@ -171,8 +171,10 @@ def test_what_does_not_belong_to_the_table_is_refused() -> None:
         extend(tokenizer, embeddings_of(vectors(59)), before, CONFIG, KNOWN)
     with pytest.raises(ArtifactError, match="are not what the SidTable of 60 items was made from"):
         extend(tokenizer, GROWN, before, CONFIG, embeddings_of(vectors(59)))
-    with pytest.raises(ValueError, match="suffix_size 40, the new one .* and 64"):
+    with pytest.raises(ValueError, match="suffix_size is 64, the table has 40: symbols would mean others"):
         extend(tokenizer, GROWN, before, SidConfig(suffix_size=64), KNOWN)
+    with pytest.raises(ValueError, match="suffix_size is 1, the table has 40"):  # not that buckets overflow
+        extend(tokenizer, GROWN, before, SidConfig(suffix_size=1), KNOWN)
 
 
 def test_a_catalogue_numbered_anew_is_refused_by_its_first_row() -> None:
@@ -183,15 +185,6 @@ def test_a_catalogue_numbered_anew_is_refused_by_its_first_row() -> None:
         extend(tokenizer, moved, before, CONFIG, KNOWN)
     rounded = embeddings_of(vectors() * (1 + 1e-6))
     assert rows_of(extend(tokenizer, rounded, before, CONFIG, KNOWN), OLD) == rows_of(before)
-
-
-def test_without_the_old_embeddings_somebody_must_vouch_for_the_new_ones() -> None:
-    tokenizer = checkpoint()
-    before = assign(tokenizer, KNOWN, CONFIG)
-    with pytest.raises(ArtifactError, match=r"give the embeddings of the old catalogue, or set .*accept"):
-        extend(tokenizer, GROWN, before, CONFIG)
-    vouched = extend(tokenizer, GROWN, before, CONFIG.model_copy(update={"other_embeddings": "accept"}))
-    assert vouched.fingerprint == extend(tokenizer, GROWN, before, CONFIG, KNOWN).fingerprint
 
 
 def test_a_table_that_changed_a_name_does_not_extend_another() -> None:

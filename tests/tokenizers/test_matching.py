@@ -215,3 +215,16 @@ def test_what_cannot_be_matched_is_refused() -> None:
         relabel(some, [torch.arange(6)])
     with pytest.raises(ValueError, match="permutation 2 is none of the 4 codes"):
         relabel(some, [torch.arange(6), torch.tensor([0, 1, 1, 3])])
+
+
+def test_a_codebook_far_larger_than_its_use_is_matched_on_the_codes_in_use() -> None:
+    """A table of all pairs of 60,000 codes would be 29 GB. Codes without items keep their number where it is free."""
+    size, generator = 60_000, torch.Generator().manual_seed(0)
+    before = torch.randperm(size, generator=generator)[:300].repeat_interleave(2)[:, None]
+    after = (before + 7) % size
+    old, new = (codes_to_table(codes, [size], 64, "t") for codes in (before, after))
+    (labels,) = match_codes(old, new)
+    assert torch.equal(labels.sort().values, torch.arange(size))
+    assert torch.equal(labels[after[:, 0]], before[:, 0])
+    idle = torch.ones(size, dtype=torch.bool).index_fill(0, torch.cat([before, after]).flatten(), False)
+    assert torch.equal(labels[idle], torch.arange(size)[idle])

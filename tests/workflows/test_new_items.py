@@ -9,10 +9,9 @@ from mlflow.entities import Run
 
 from components.artifacts import Bundle, SidDrift
 from components.metrics.promotion import PromoteConfig
-from tasks.champion import OPENED, in_use
+from tasks.champion import in_use
 from tasks.promotion import DECISION
-from tasks.runs import open_store, stages_of
-from tasks.tracking import everywhere_one_store
+from tasks.runs import CHAMPION, everywhere_one_store, open_store, stages_of
 from workflows.new_items import new_items
 from workflows.retrain import retrain
 
@@ -108,6 +107,7 @@ def test_nothing_is_trained_and_the_encoder_is_that_of_the_training(nights):
     assert ran[1] == {
         "open_champion",
         "ingest_onto",
+        "set_aside",
         "split_newcomers",
         "embed_shard",
         "assemble_embeddings",
@@ -152,7 +152,7 @@ def test_recall_on_new_items_stands_beside_that_on_known_ones(nights):
 
 def test_the_run_says_in_mlflows_own_terms_which_model_it_opened(nights):
     client = open_store()
-    assert [after.run.data.tags[OPENED] for after in nights] == [
+    assert [after.run.data.tags[CHAMPION] for after in nights] == [
         "none",
         "mlflow:sidflow/1",
         "mlflow:sidflow/2",
@@ -173,10 +173,11 @@ def test_the_served_model_reads_and_lists_new_items(nights):
     assert answer["warning"].to_list() == ["", ""]
 
 
-def test_a_night_on_which_nothing_changed_adds_no_version_and_says_so(nights, growing_settings, capsys):
+def test_a_night_on_which_nothing_changed_keeps_the_champion_and_says_so(nights, growing_settings, capsys):
     result = new_items(config=growing_settings(), until=QUIET)
-    assert result.promotion.reason == "kept: version 4 is the champion already"
-    assert champion()[0] == 4 and len(open_store().search_model_versions("name = 'sidflow'")) == 4
+    assert not result.promotion.promoted and result.promotion.reason.startswith("kept: version 4")
+    assert champion()[0] == 4
+    assert len(open_store().search_model_versions("name = 'sidflow'")) == 4
     assert pipeline().info.status == "FINISHED"
     assert pipeline().data.tags[
         "sidflow.retraining_due.report_drift"
@@ -188,7 +189,7 @@ def test_a_night_on_which_nothing_changed_adds_no_version_and_says_so(nights, gr
         "where the target came since,",
         "full retraining due",
         "of the catalogue is new since the last training; at most 15%",
-        "kept: version 4 is the champion already",
+        "kept: version 4",
     ):
         assert words in page, words
 

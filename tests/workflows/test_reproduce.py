@@ -5,9 +5,10 @@ import json
 import pytest
 
 from tasks import origin
-from tasks.reproduce import VERSIONS, reproduce, summary
+from tasks.home import home
+from tasks.reproduce import VERSIONS, _differing_data, reproduce, summary
 from tasks.runs import open_store
-from tasks.tracking import start_pipeline
+from tasks.tracking import start_pipeline, tracked
 from workflows.reproduce import main
 from workflows.two_stage import two_stage
 
@@ -81,23 +82,33 @@ def test_other_libraries_a_dirty_commit_and_other_code_are_said(original, monkey
     assert result.equal  # remarks are no difference
 
 
-def test_the_code_is_checked_out_as_it_was(original, monkeypatch, tmp_path):
-    """The commit that the run noted is what runs, not the changed files that stand here."""
+def test_the_code_is_checked_out_as_it_was(original, monkeypatch):
+    """What runs is the commit that the run noted, not the files that stand here, nor what is installed."""
     client, run_id = open_store(), original["split"]
-    commit = client.get_run(run_id).data.tags["mlflow.source.git.commit"]
-    seen = {}
-
-    def executed(command, tree):
-        seen["tree"], seen["commit"] = tree, origin.git("-C", str(tree), "rev-parse", "HEAD")
-        seen["command"] = command
-        return run_id
-
-    monkeypatch.setattr("tasks.reproduce._execute", executed)
+    head = origin.git("rev-parse", "HEAD")
+    tags = client.get_run(run_id).data.tags
     monkeypatch.setattr("tasks.reproduce.code_tags", lambda: {"mlflow.source.git.commit": "other"})
-    reproduce(run_id)
-    assert seen["commit"] == commit and seen["tree"] != origin.ROOT
-    assert str(seen["tree"] / "tasks" / "data.py") in seen["command"]
-    assert not seen["tree"].exists()
+    client.set_tag(run_id, "mlflow.source.git.commit", head)
+    result = reproduce(run_id)
+    client.set_tag(run_id, "mlflow.source.git.commit", tags["mlflow.source.git.commit"])
+    again = client.get_run(result.repetition).data.tags
+    assert (again["mlflow.source.git.commit"], again["sidflow.git.dirty"]) == (head, "false")
+    assert result.equal
+    assert not list((home() / "code").iterdir())
+    assert "sidflow/code" not in origin.git("worktree", "list")
+
+
+def test_an_ingestion_of_other_days_in_between_does_not_hide_changed_data(original):
+    """Only the files that the two runs stand on are compared."""
+
+    def ingested(digest: str, parents=()) -> str:
+        with tracked("ingest", None, "", parents) as run:
+            run.dataset("events.csv", digest, "events.csv", "raw")
+        return run.run_id
+
+    before, now = ingested("1" * 64), ingested("3" * 64)
+    ingested("2" * 64)
+    assert _differing_data(before, now) == [f"The data changed: events.csv was {'1' * 16}, is {'3' * 16}."]
 
 
 def test_a_commit_that_is_not_there_is_an_error_that_says_what_to_do(original, capsys):
