@@ -11,7 +11,6 @@ the ranker itself, without a server.
 import argparse
 import http.client
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
@@ -54,6 +53,7 @@ from workflows.config import PipelineConfig
 ROUNDS, REQUESTS, WARM_UP, K = 5, 96, 16, 10
 CLIENTS, WORKERS, MANY = (1, 8, 32), (1, 2), 32
 STARTS_WITHIN = 180.0
+UVLOOP = importlib.util.find_spec("uvloop") is not None
 RESULT = Path(__file__).parent / "results" / "serving.md"
 
 History = list[str]
@@ -67,6 +67,8 @@ class Arm(NamedTuple):
     clients: int
     histories: int
     """Histories of a request."""
+    loop: str = "auto"
+    """Event loop of the server, as uvicorn names them; auto is uvloop where that is installed."""
 
 
 class Load(NamedTuple):
@@ -134,7 +136,7 @@ def raw_histories(split: SequenceSplit, catalog: ItemCatalog) -> list[History]:
 
 
 @contextmanager
-def served(uri: str, workers: int, log: Path) -> Iterator[int]:
+def served(uri: str, workers: int, loop: str, log: Path) -> Iterator[int]:
     """Serve a model on a free port of this machine until the block ends; yields the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -144,7 +146,7 @@ def served(uri: str, workers: int, log: Path) -> Iterator[int]:
     with log.open("w") as lines:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)],
-            env=os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"},
+            env=os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}", "UVICORN_LOOP": loop},
             stdout=lines,
             stderr=subprocess.STDOUT,
         )
@@ -171,10 +173,10 @@ def _alive(port: int) -> bool:
         connection.close()
 
 
-def requests(histories: Sequence[History], arm: Arm, count: int) -> list[list[History]]:
-    """Return the histories of so many requests, from one user after the other."""
-    users = itertools.cycle(histories)
-    return [list(itertools.islice(users, arm.histories)) for _ in range(count)]
+def requests(histories: Sequence[History], arm: Arm, count: int, first: int = 0) -> list[list[History]]:
+    """Return the histories of so many requests, one user after the other from the ``first``, then from the start."""
+    users = [histories[number % len(histories)] for number in range(first, first + count * arm.histories)]
+    return [users[begin : begin + arm.histories] for begin in range(0, len(users), arm.histories)]
 
 
 def ask(port: int, asked: Sequence[Sequence[History]], clients: int) -> Load:
@@ -222,15 +224,17 @@ def recommend(ranker: BundleRanker, asked: Sequence[Sequence[History]]) -> Load:
 
 
 def arms(workers: Sequence[int], clients: Sequence[int]) -> list[Arm]:
-    """Return what is compared: servers and numbers of clients, and many histories at once with and without a server."""
+    """Return what is compared: servers, numbers of clients and event loops, and many histories at once, with and
+    without a server."""
     many = [Arm(workers[0], 1, MANY), Arm(0, 1, 1), Arm(0, 1, MANY)]
-    return [Arm(w, c, 1) for w in workers for c in clients] + many
+    other = [Arm(workers[-1], clients[0], 1, "asyncio")] if UVLOOP else []
+    return [Arm(w, c, 1) for w in workers for c in clients] + other + many
 
 
 def measure(
     which: Sequence[Arm],
     elsewhere: Executor,
-    ports: dict[int, int],
+    ports: dict[tuple[int, str], int],
     ranker: BundleRanker,
     histories: Sequence[History],
     rounds: int,
@@ -238,15 +242,15 @@ def measure(
 ) -> dict[Arm, Met]:
     """Take every arm through so many rounds, in turn; who comes first changes from round to round.
 
-    Clients run ``elsewhere``, which is to be another process.
+    Every arm is timed over ``count`` requests a round. Clients run ``elsewhere``, which is to be another process.
     """
     met = {arm: Met() for arm in which}
     for number in range(rounds):
         for place in range(len(which)):
             arm = which[(number + place) % len(which)]
-            asked = requests(histories[number * count :], arm, max(1, count // arm.histories))
+            asked = requests(histories, arm, count, number * count * arm.histories)
             if arm.workers:
-                load = elsewhere.submit(ask, ports[arm.workers], asked, arm.clients).result()
+                load = elsewhere.submit(ask, ports[arm.workers, arm.loop], asked, arm.clients).result()
             else:
                 load = recommend(ranker, asked)
             met[arm].loads.append(load)
@@ -262,12 +266,20 @@ def table(met: dict[Arm, Met]) -> list[str]:
     ]
     for arm, loads in met.items():
         who = f"server, {arm.workers} worker{'s' * (arm.workers > 1)}" if arm.workers else "ranker, no server"
+        who += f", {arm.loop}" * (arm.loop != "auto")
         rate = loads.rate() * arm.histories
         lines.append(
             f"| {who} | {arm.clients} | {arm.histories} | {loads.milliseconds(0.5):.1f} | "
             f"{loads.milliseconds(0.95):.1f} | {loads.rate():.1f} | {rate:.0f} | {rate / first.rate():.2f} |"
         )
     return lines
+
+
+def commit() -> str:
+    """Name the commit that is measured, and whether files differ from it."""
+    command = ["git", "describe", "--always", "--dirty=, with changes that are not committed"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -277,7 +289,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds (default {ROUNDS})")
     parser.add_argument("--smoke", action="store_true", help="one round of few requests, and no result file")
-    parser.add_argument("--commit", default="not given", help="commit to name in the result file")
     arguments = parser.parse_args()
     rounds, count = (1, 4) if arguments.smoke else (arguments.rounds, REQUESTS)
     torch.set_num_threads(1)
@@ -292,14 +303,18 @@ def main() -> None:
         with tracked("log_model") as run:
             uri = log_bundle(run, bundle)
         began = time.monotonic()
+        compared = arms(WORKERS, CLIENTS)
+        servers = dict.fromkeys((arm.workers, arm.loop) for arm in compared if arm.workers)
         ports = {
-            workers: running.enter_context(served(uri, workers, Path(folder) / f"{workers}.log"))
-            for workers in WORKERS
+            (workers, loop): running.enter_context(
+                served(uri, workers, loop, Path(folder) / f"{workers}-{loop}.log")
+            )
+            for workers, loop in servers
         }
-        started = (time.monotonic() - began) / len(WORKERS)
+        started = (time.monotonic() - began) / len(servers)
         elsewhere = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         met = measure(
-            arms(WORKERS, CLIENTS),
+            compared,
             running.enter_context(elsewhere),
             ports,
             BundleRanker(bundle, torch.device("cpu")),
@@ -309,7 +324,7 @@ def main() -> None:
         )
 
     model = config.recommender.model
-    loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
+    stamp = commit()
     lines = [
         "# A served model: latency and throughput by clients at once",
         "",
@@ -319,7 +334,7 @@ def main() -> None:
         "",
         *table(met),
         "",
-        f"{rounds} rounds of {count} histories an arm, each after a warm-up; arms take turns, their order rotated, "
+        f"{rounds} rounds of {count} requests an arm, each after a warm-up; arms take turns, their order rotated, "
         "servers side by side. p50 and p95 over the requests of all rounds, rates the median over rounds. A server "
         f"answers {started:.0f} s after it is started.",
         "",
@@ -328,11 +343,11 @@ def main() -> None:
         f"of which the latest {model.max_history} are read. Model: {model.kind}, d {model.dim}, layers {model.layers}, "
         f"{model.heads} heads x {model.head_dim}, random weights (costs are of shapes alone), residual k-means SIDs of "
         f"{len(config.tokenizer.model.codebook_sizes)} codes, {BEAMS} beams. One thread a process for "
-        f"torch; uvicorn runs on {loop}.",
+        f"torch; uvicorn runs on {'uvloop' if UVLOOP else 'asyncio'} unless another loop is named.",
         "",
         f"Machine: {processor()}, {os.cpu_count()} cores, which clients and servers share, load {load:.1f} before and "
         f"{os.getloadavg()[0]:.1f} after. Python {platform.python_version()}, torch {torch.__version__}, MLflow "
-        f"{mlflow.__version__}. Date: {date.today().isoformat()}. Commit: {arguments.commit}. Command: "
+        f"{mlflow.__version__}. Date: {date.today().isoformat()}. Commit: {stamp}. Command: "
         f"`OMP_NUM_THREADS=1 python benchmarks/serving.py --rounds {rounds}`.",
     ]
     print("\n".join(lines))

@@ -9,7 +9,17 @@ from mlflow.entities import Run
 from components.lineage import Lineage, Named, Step
 from components.metrics.compare import short
 from components.metrics.report import BASELINES
-from tasks.runs import everywhere, get_run, maker_of, open_store, readers_of, sources_of, stages_of, tagged
+from tasks.runs import (
+    CHAMPION,
+    everywhere,
+    get_run,
+    maker_of,
+    open_store,
+    readers_of,
+    sources_of,
+    stages_of,
+    tagged,
+)
 
 RAW = "raw"
 """Context in which the run of an ingestion names its raw files."""
@@ -49,7 +59,8 @@ def trace(
     experiments = everywhere(client)
     waiting = [*asked]
     own = {run.info.run_id for run in waiting}
-    if pipeline is not None:
+    # What started from a champion names the stages of other executions too, which are no answers of the cache.
+    if pipeline is not None and CHAMPION not in pipeline.data.tags:
         answered = {run for key, run in pipeline.data.tags.items() if key.startswith("produced_by.")} - own
         waiting += [get_run(client, run_id) for run_id in sorted(answered)]
         own |= answered

@@ -40,13 +40,12 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def run_block(title: str, checkout: Path, empty_store: Path) -> tuple[str, Path]:
-    """Run the one bash block of a section as written; return what it printed and the local store."""
-    (block,) = BLOCK.findall(section(title))
-    assert ".venv/bin/pyflyte" in block
+def run_script(script: str, checkout: Path, empty_store: Path) -> tuple[str, Path]:
+    """Run shell commands of the README in a clone; return what they printed and the local store."""
     store = checkout / ".sidflow"
-    store.mkdir()
-    shutil.copy(empty_store, store / "mlflow.db")
+    if not store.exists():
+        store.mkdir()
+        shutil.copy(empty_store, store / "mlflow.db")
     private = {
         "HOME": str(checkout),
         "TMPDIR": str(checkout),
@@ -55,7 +54,7 @@ def run_block(title: str, checkout: Path, empty_store: Path) -> tuple[str, Path]
     }
     kept = {n: v for n, v in os.environ.items() if n not in ("MLFLOW_TRACKING_URI", "SIDFLOW_HOME")}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.replace(".venv/bin/", f"{Path(sys.executable).parent}/")],
+        ["bash", "-euo", "pipefail", "-c", script.replace(".venv/bin/", f"{Path(sys.executable).parent}/")],
         cwd=checkout,
         env=kept | private,
         capture_output=True,
@@ -63,11 +62,16 @@ def run_block(title: str, checkout: Path, empty_store: Path) -> tuple[str, Path]
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout, store
+    return done.stdout + done.stderr, store
+
+
+def blocks(title: str) -> list[str]:
+    return BLOCK.findall(section(title))
 
 
 def test_the_csv_example_runs_as_written(checkout: Path, empty_store: Path) -> None:
-    printed, store = run_block("Your own data", checkout, empty_store)
+    (block,) = blocks("Your own data")
+    printed, store = run_script(block, checkout, empty_store)
     rows = [line.split()[:2] for line in printed.splitlines()]
     for method in ("popularity", "itemknn", "two-stage", "joint"):
         assert [method, "kept"] in rows and [method, "excluded"] in rows, printed[-4000:]
@@ -75,11 +79,32 @@ def test_the_csv_example_runs_as_written(checkout: Path, empty_store: Path) -> N
     assert any((store / "artifacts" / "Bundle").iterdir())
 
 
-def test_stages_rerun_on_new_data_as_written(checkout: Path, empty_store: Path) -> None:
-    printed, store = run_block("Rerun one stage", checkout, empty_store)
-    (folder,) = (store / "artifacts" / "SidTable").iterdir()
-    assert SidTable.load(folder).num_items == 2414
-    assert f"SidTable {folder.name}" in printed
+SMALL = (
+    "recommender.loop.epochs=1 recommender.model.dim=16 recommender.model.layers=1 recommender.model.heads=2 "
+    "recommender.model.head_dim=8 recommender.model.hidden=32 evaluate.resamples=100 compare.resamples=100 "
+    "'tokenizer.model={kind: rkmeans, codebook_sizes: [64, 64, 64]}'"
+)
+
+
+def test_stages_run_again_on_other_data_as_written_and_so_does_the_lineage(
+    checkout: Path, empty_store: Path
+) -> None:
+    """The training is that of the README with a smaller model; all else is as it stands there."""
+    train, again = blocks("Rerun one stage on other data")
+    made = re.fullmatch(r"make run WORKFLOW=(\w+) UNTIL=(\S+)\n", train)
+    assert made is not None
+    small = (
+        f".venv/bin/python -m workflows.resolve quickstart {SMALL} > config.yaml\n"
+        f".venv/bin/pyflyte run workflows/{made[1]}.py {made[1]} --config config.yaml --until {made[2]}\n"
+    )
+    printed, store = run_script(small + again, checkout, empty_store)
+    names = [SidTable.load(folder).num_items for folder in (store / "artifacts" / "SidTable").iterdir()]
+    assert sorted(names) == [2414, 2524]  # films, and the shop as it was
+    assert "seen items kept: R@10 " in printed.split("evaluate_recommender old")[1]
+    old = re.findall(r"mlflow:([0-9a-f]{32})", printed)[-1]
+    tree, _ = run_script(f".venv/bin/python -m workflows.lineage {old}", checkout, empty_store)
+    for stage in ("ingest →", "fit_recommender →", "ingest_onto →", "evaluate_recommender old →"):
+        assert f"── {stage}" in tree
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -15,8 +15,8 @@ from rich.console import Console
 from components.lineage import lineage_figure, lineage_tree
 from tasks.lineage import lineage_of
 
-WIDTH = 160
-"""Columns of a log file, which has no width of its own."""
+WIDTH = 1000
+"""Columns of a file, where nothing is cut."""
 
 
 def main(arguments: list[str]) -> int:

@@ -10,21 +10,25 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import polars as pl
 import pytest
 import torch
 
 from components.artifacts import Bundle
+from components.data.splits import SplitConfig
 from components.embeddings import LsaConfig, fit_encoder
+from components.folders import ArtifactError, Provenance
 from components.recommenders.causal import CausalConfig
 from components.recommenders.serving import BundleRanker
 from components.training.loop import LoopConfig
 from components.training.recommender import RecommenderStage, train_recommender
-from tasks.model import REQUIREMENTS, log_model, requirements
-from tasks.tracking import open_store
+from tasks.model import REQUIREMENTS, log_model, measure_model, requirements
+from tasks.tracking import open_store, start_pipeline
 
 SIZES: dict[str, Any] = {"dim": 16, "layers": 1, "heads": 2, "head_dim": 8, "hidden": 32}
 STARTS_WITHIN = 120.0
@@ -256,6 +260,17 @@ def test_the_model_in_this_process_answers_as_the_server(
     assert here.to_dict("records") == post(records(ids[:3], None, k=4)).body["predictions"]
 
 
+def test_figures_without_a_logged_model_or_a_split_are_not_lost_in_silence(bundle: Bundle) -> None:
+    pipeline = start_pipeline("two_stage", "measured", SplitConfig())
+    measure_model(
+        pipeline, replace(bundle, popularity=bundle.popularity.with_columns(pl.col("events") + 1)), {}
+    )
+    said = open_store().get_run(pipeline).data.tags["sidflow.model_not_logged"]
+    assert said.startswith("MLflow has no logged model of Bundle")
+    with pytest.raises(ArtifactError, match="names no SequenceSplit among its parents"):
+        measure_model(pipeline, replace(bundle, provenance=Provenance()), {})
+
+
 ALONE = """
 import json, sys
 
@@ -272,7 +287,9 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 
-def test_the_model_asks_for_what_it_imports_and_for_no_more(uri: str, ids: list[str], module_home: Path) -> None:
+def test_the_model_asks_for_what_it_imports_and_for_no_more(
+    uri: str, ids: list[str], module_home: Path
+) -> None:
     """In a process without what is not listed; and everything that is listed is imported."""
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{module_home / 'mlflow.db'}"}
     command = [sys.executable, "-c", ALONE, uri, ids[0]]
@@ -308,13 +325,15 @@ def test_the_benchmark_times_whole_answers_and_nothing_else(
     histories = script.raw_histories(tiny.split, bundle.catalog)
     with ThreadPoolExecutor(1) as here:
         ranker = BundleRanker(bundle, torch.device("cpu"))
-        met = script.measure(arms, here, {1: port}, ranker, histories, rounds=2, count=8)
-    assert [[len(load.seconds) for load in met[arm].loads] for arm in arms] == [
-        [8, 8],
-        [8, 8],
-        [2, 2],
-        [8, 8],
-    ]
+        met = script.measure(arms, here, {(1, "auto"): port}, ranker, histories, rounds=2, count=8)
+    assert [[len(load.seconds) for load in met[arm].loads] for arm in arms] == [[8, 8]] * 4
+
+
+def test_requests_of_the_benchmark_go_round_the_users(benchmark_script) -> None:
+    script = benchmark_script("serving")
+    users, arm = [["a"], ["b"], ["c"]], script.Arm(1, 1, 2)
+    assert script.requests(users, arm, 2) == [[["a"], ["b"]], [["c"], ["a"]]]
+    assert script.requests(users, arm, 1, first=5) == [[["c"], ["a"]]]
 
 
 def test_rates_of_the_benchmark_are_histories_a_second(benchmark_script) -> None:
@@ -322,10 +341,12 @@ def test_rates_of_the_benchmark_are_histories_a_second(benchmark_script) -> None
     met = {
         script.Arm(1, 1, 1): script.Met([script.Load([0.1, 0.1], 0.2), script.Load([0.3, 0.3], 0.6)]),
         script.Arm(2, 8, 1): script.Met([script.Load([0.4] * 8, 0.4)]),
+        script.Arm(2, 1, 1, "asyncio"): script.Met([script.Load([0.5], 0.5)]),
         script.Arm(0, 1, 32): script.Met([script.Load([0.5], 0.5)]),
     }
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(met)[2:]] == [
         ["server, 1 worker", "1", "1", "200.0", "300.0", "6.7", "7", "1.00"],
         ["server, 2 workers", "8", "1", "400.0", "400.0", "20.0", "20", "3.00"],
+        ["server, 2 workers, asyncio", "1", "1", "500.0", "500.0", "2.0", "2", "0.30"],
         ["ranker, no server", "1", "32", "500.0", "500.0", "2.0", "64", "9.60"],
     ]
