@@ -48,7 +48,9 @@ def code_tags() -> dict[str, str]:
 
     In an image without a checkout the commit stands in the environment variable ``GIT_COMMIT``.
     """
-    own = git("rev-parse", "--show-toplevel") == str(ROOT)  # not a checkout that this happens to be installed into
+    own = git("rev-parse", "--show-toplevel") == str(
+        ROOT
+    )  # not a checkout that this happens to be installed into
     head = os.environ.get("GIT_COMMIT") or (git("rev-parse", "HEAD") if own else "")
     if not head:
         return {"mlflow.source.git.commit": "unknown"}

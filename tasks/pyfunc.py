@@ -62,7 +62,9 @@ class SidRecommender(PythonModel):  # type: ignore[misc]
             There is no column ``history``, or the ranker refuses what is asked.
         """
         if "history" not in model_input:  # MLflow leaves out other columns, and with them the rows
-            raise BadRequest("the request has no rows, or they have no column history: one list of item ids a row")
+            raise BadRequest(
+                "the request has no rows, or they have no column history: one list of item ids a row"
+            )
         try:
             histories = read_histories(model_input["history"].to_list())
             answer = self.ranker.recommend(histories, **(params or {}))
