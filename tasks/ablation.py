@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from flytekit import task
 from pydantic import Field
-from rich.console import Console
 
 from components.artifacts import Ablation, CollisionReport, EvaluationReport, RecommenderCheckpoint
 from components.config import Config
@@ -16,6 +15,7 @@ from components.pages.ablation import ablation_page
 from tasks import runtime
 from tasks.decks import show
 from tasks.flyte_types import by_content
+from tasks.summary import screen
 from tasks.tracking import mark_pipeline, tracked
 
 STAGES = {"two_stage": "fit_recommender", "joint": "fit_jointly"}
@@ -120,9 +120,7 @@ def show_ablation(result: Ablation, run_id: str) -> None:
     run_id : str
         MLflow run of the pipeline.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    console = screen(WIDTH, soft_wrap=False)
     for view in tables(result):
         console.print(view)
         console.print()

@@ -6,7 +6,6 @@ from datetime import datetime
 import polars as pl
 from flytekit import task
 from mlflow.entities import RunTag
-from rich.console import Console
 
 from components.artifacts import Comparison
 from components.data.ingest import IngestConfig
@@ -18,11 +17,9 @@ from components.pages.windows import windows_page
 from tasks import runtime
 from tasks.decks import show
 from tasks.origin import execution_tags
-from tasks.runs import get_run, open_store
+from tasks.runs import all_pages, get_run, open_store
+from tasks.summary import screen
 from tasks.tracking import StageRun, record_result, tracked
-
-WIDTH = 100
-"""Columns of a log file, which has no width of its own."""
 
 
 @task(**runtime.CPU)
@@ -65,7 +62,7 @@ def adopt_windows(run_id: str) -> int:
         f"tags.`flyte.execution_id` = '{execution_tags('')['flyte.execution_id']}' and "
         f"tags.`sidflow.workflow` = 'two_stage' and attributes.start_time >= {parent.info.start_time}"
     )
-    found = client.search_runs([parent.info.experiment_id], query, max_results=1000)
+    found = all_pages(client.search_runs, [parent.info.experiment_id], query)
     for run in found:
         day = run.data.params["ingest.until"].strip('"')[:10]
         link = {"mlflow.parentRunId": run_id, "sidflow.backfill": run_id}
@@ -110,9 +107,7 @@ def record_windows(run_id: str, windows: Sequence[Window], comparisons: Sequence
 
 def show_windows(windows: Sequence[Window], values: pl.DataFrame, run_id: str) -> None:
     """Print the table, what was skipped and why, and how to open the runs."""
-    console = Console(soft_wrap=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(soft_wrap=True, highlight=False, width=WIDTH)
+    console = screen()
     console.print(over_time.table(windows, values))
     for sentence in over_time.skipped(windows):
         console.print(sentence)

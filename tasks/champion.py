@@ -1,6 +1,7 @@
 """The model in use, opened when a workflow runs: its alias moves, so registration cannot know which it will be."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Annotated, NamedTuple, TypeVar
 
 from flytekit import task
@@ -17,13 +18,15 @@ from components.artifacts import (
     SidTable,
     TokenizerCheckpoint,
 )
+from components.data.ingest import IngestConfig
 from components.folders import Artifact, ArtifactError, Provenance
 from components.lineage import Named
 from components.metrics.promotion import PromoteConfig
 from tasks import runtime
 from tasks.flyte_types import by_content
+from tasks.promotion import NOBODY
 from tasks.references import MLFLOW, address_of, locate
-from tasks.runs import CHAMPION, everywhere, maker_of, open_store, version_in_use
+from tasks.runs import CHAMPION, UNTIL, everywhere, maker_of, open_store, version_in_use
 from tasks.store import fetch
 from tasks.tracking import StageRun, tracked
 
@@ -43,6 +46,10 @@ class Champion(NamedTuple):
     trained_catalog: Annotated[ItemCatalog, by_content]
     trained_sids: Annotated[SidTable, by_content]
     """As the last training left it, before any item was added."""
+    version: str
+    """Its number, the base of what is built on it."""
+    until: str
+    """Moment up to which this run reads events."""
 
 
 class Names(NamedTuple):
@@ -50,6 +57,10 @@ class Names(NamedTuple):
 
     catalogs: list[Annotated[ItemCatalog, by_content]]
     sids: list[Annotated[SidTable, by_content]]
+    version: str
+    """Its number, or none."""
+    until: str
+    """Moment up to which this run reads events."""
 
 
 class InUse(NamedTuple):
@@ -60,11 +71,12 @@ class InUse(NamedTuple):
 
 
 @task(**runtime.CPU)
-def open_champion(config: PromoteConfig, run_id: str = "") -> Champion:
+def open_champion(config: PromoteConfig, ingest: IngestConfig, run_id: str = "") -> Champion:
     """Open the model that holds the alias. Not cached: the alias moves.
 
     Args:
         config: Registered model and alias, a YAML file or JSON. Keys: make keys SECTION=promote.
+        ingest: What will be read onto it, which must not end before what it knows. Keys: make keys SECTION=ingest.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     client = open_store()
@@ -77,6 +89,7 @@ def open_champion(config: PromoteConfig, run_id: str = "") -> Champion:
         )
     bundle = champion.bundle
     with tracked("open_champion", config, run_id, [bundle]) as run:
+        day = read_until(champion.version, ingest)
         _read(run, champion.version)
         source = bundle.sids.provenance.parents.get("ContentEmbeddings", bundle.tokenizer.embeddings)
         trained = trained_table(client, bundle.sids)
@@ -91,24 +104,47 @@ def open_champion(config: PromoteConfig, run_id: str = "") -> Champion:
             _load(client, ContentEmbeddings, source),
             _first(bundle.catalog, trained.num_items),
             trained,
+            str(champion.version.version),
+            day,
         )
 
 
 @task(**runtime.CPU)
-def find_names(config: PromoteConfig, run_id: str = "") -> Names:
+def find_names(config: PromoteConfig, ingest: IngestConfig, run_id: str = "") -> Names:
     """Open items and names of the model that holds the alias, if there is one. Not cached: the alias moves.
 
     Args:
         config: Registered model and alias, a YAML file or JSON. Keys: make keys SECTION=promote.
+        ingest: What will be read onto it, which must not end before what it knows. Keys: make keys SECTION=ingest.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
     """
     champion = in_use(open_store(), config)
     with tracked("find_names", config, run_id, [champion.bundle] if champion else []) as run:
         if champion is None:
-            _note(run, "none")
-            return Names([], [])
+            _note(run, NOBODY)
+            return Names([], [], NOBODY, read_until(None, ingest))
+        day = read_until(champion.version, ingest)
         _read(run, champion.version)
-        return Names([champion.bundle.catalog], [champion.bundle.sids])
+        return Names([champion.bundle.catalog], [champion.bundle.sids], str(champion.version.version), day)
+
+
+def read_until(version: ModelVersion | None, ingest: IngestConfig) -> str:
+    """Return the moment up to which a run reads events, in ISO form; without ``ingest.until`` that is now.
+
+    Raises
+    ------
+    ValueError
+        The version in use knows later events: among them may be what this run would test it on.
+    """
+    day = ingest.until or datetime.now(UTC)
+    known = version.tags.get(UNTIL) if version else None
+    if version and known and day < datetime.fromisoformat(known):
+        raise ValueError(
+            f"version {version.version} of {version.name}, which is in use, knows events until {known}, this run would "
+            f"read those until {day.isoformat()}: it would go back in time, and be compared with a model that may know "
+            "its test targets; run it as of a later day, or give the alias to an older version by hand first"
+        )
+    return day.isoformat()
 
 
 def in_use(client: MlflowClient, config: PromoteConfig) -> InUse | None:

@@ -10,7 +10,7 @@ from components.lineage import Lineage, Named, Step
 from components.metrics.compare import short
 from components.metrics.report import BASELINES
 from tasks.runs import (
-    CHAMPION,
+    answered_from_cache,
     everywhere,
     get_run,
     maker_of,
@@ -58,12 +58,9 @@ def trace(
     """
     experiments = everywhere(client)
     waiting = [*asked]
+    if pipeline is not None:
+        waiting += answered_from_cache(client, pipeline)
     own = {run.info.run_id for run in waiting}
-    # What started from a champion names the stages of other executions too, which are no answers of the cache.
-    if pipeline is not None and CHAMPION not in pipeline.data.tags:
-        answered = {run for key, run in pipeline.data.tags.items() if key.startswith("produced_by.")} - own
-        waiting += [get_run(client, run_id) for run_id in sorted(answered)]
-        own |= answered
     made = {artifact for run in waiting for artifact in tagged(run.data.tags, "output")}
     waiting += [run for a in artifacts if a not in made and (run := maker_of(client, experiments, a))]
     steps: dict[str, Step] = {}

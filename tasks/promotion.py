@@ -1,5 +1,6 @@
 """Register a model and, if it is good enough, make it the champion."""
 
+import json
 import time
 from contextlib import suppress
 from typing import Annotated
@@ -26,13 +27,17 @@ from tasks.flyte_types import by_content
 from tasks.model import find_logged, log_bundle
 from tasks.origin import execution_tags
 from tasks.references import MLFLOW, locate
-from tasks.runs import BUNDLE, DIGEST, all_pages, everywhere_one_store, version_in_use, without_secrets
+from tasks.runs import BUNDLE, DIGEST, UNTIL, all_pages, everywhere_one_store, version_in_use, without_secrets
 from tasks.store import fetch
 from tasks.tracking import StageRun, tracked
 
 DECISION, REASON, EXECUTION = "sidflow.decision", "sidflow.reason", "sidflow.execution"
 """Tags of a registered version: pending, promoted, refused, abandoned or failed; why; and who registered it."""
+FIGURES = "sidflow.figures"
+"""Tag of a registered version: what it was compared by, as JSON."""
 PENDING = "pending"
+NOBODY = "none"
+"""Base of a model that was trained when none was in use."""
 FIRST_LOOK, LAST_LOOK = 0.2, 10.0
 """Seconds between two looks at the promotions that began earlier, at first and at most."""
 
@@ -44,6 +49,8 @@ def promote(
     split: Annotated[SequenceSplit, by_content],
     config: PromoteConfig,
     run_id: str = "",
+    base: str = "",
+    until: str = "",
 ) -> Annotated[Promotion, by_content]:
     """Register a model, compare it with the champion on the same test users, and move the alias if it passes.
 
@@ -56,6 +63,9 @@ def promote(
         split: Folder of the SequenceSplit that the report is about.
         config: Registered model, metric and margin, a YAML file or JSON. Keys: make keys SECTION=promote.
         run_id: MLflow run of the pipeline; leave it out to run the stage alone.
+        base: Version that the model was built on, or none; if another one is in use by now, the model is refused.
+            Leave it out to compare with whatever is in use.
+        until: Moment up to which the model knows events.
     """
     with tracked("promote", config, run_id, [bundle, report, split]) as run:
         require(
@@ -66,13 +76,15 @@ def promote(
             "catalogue; take all three of the same run",
         )
         version = _own(run, bundle, config)
+        if version is not None and version.tags[DECISION] not in (PENDING, "failed"):
+            return _result(run, config, bundle, report, version, _recorded(version))
         champion = version_in_use(run.client, config.model, config.alias)
         if version is None and champion is not None and champion.tags.get(BUNDLE) == bundle.fingerprint:
             return _result(run, config, bundle, report, champion, _kept(champion))
-        version = version or _register(run, bundle, config)
+        version = version or _register(run, bundle, config, until)
         try:
             _wait_for_earlier(run, version, config)
-            decision = _decide(run, bundle, split, report, version, config)
+            decision = _decide(run, bundle, split, report, version, config, base)
         except BaseException as error:
             _note(run.client, version, "failed", f"failed: {type(error).__name__}: {error}")
             raise
@@ -86,6 +98,7 @@ def _decide(
     report: EvaluationReport,
     version: ModelVersion,
     config: PromoteConfig,
+    base: str,
 ) -> Decision:
     """Compare with the champion of this moment and move the alias, unless somebody else moved it meanwhile."""
     client = run.client
@@ -93,15 +106,23 @@ def _decide(
         champion = version_in_use(client, config.model, config.alias)
         if champion is not None and champion.version == version.version:
             # An attempt before this one moved the alias and did not get to say so.
-            decision = Decision(True, version.tags.get(REASON, "promoted by an attempt that broke"), {})
+            decision = _recorded(client.get_model_version(version.name, version.version))
             _note(client, version, "promoted", decision.reason)
-            return decision
+            return decision._replace(promoted=True)
         if champion is not None and champion.tags.get(BUNDLE) == bundle.fingerprint:
             decision = _kept(champion)
             _note(client, version, "refused", decision.reason)
             return decision
+        if base not in ("", str(champion.version) if champion else NOBODY):
+            used = f"version {champion.version} is in use" if champion else "no model is in use"
+            decision = Decision(
+                False, f"refused: built on {base if base == NOBODY else f'version {base}'}, {used}", {}
+            )
+            _note(client, version, "refused", decision.reason)
+            return decision
         both = report if champion is None else _with_champion(bundle, split, report, champion)
         decision = decide(both, config, f"version {champion.version}" if champion else "")
+        client.set_model_version_tag(version.name, version.version, FIGURES, json.dumps(decision.figures))
         if not decision.promoted:
             _note(client, version, "refused", decision.reason)
             return decision
@@ -124,6 +145,12 @@ def _kept(champion: ModelVersion) -> Decision:
     return Decision(False, f"kept: version {champion.version}, the champion, is the same model", {})
 
 
+def _recorded(version: ModelVersion) -> Decision:
+    """Return what an attempt before this one decided."""
+    promoted, figures = version.tags.get(DECISION) == "promoted", version.tags.get(FIGURES, "{}")
+    return Decision(promoted, version.tags.get(REASON, "no reason was noted"), json.loads(figures))
+
+
 def _same(one: ModelVersion | None, other: ModelVersion | None) -> bool:
     return (one and one.version) == (other and other.version)
 
@@ -133,11 +160,12 @@ def _decision(client: MlflowClient, version: ModelVersion) -> str:
 
 
 def _own(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVersion | None:
-    """Return the version that an earlier attempt of this very promotion left, put back into the queue."""
+    """Return the version that an earlier attempt of this very promotion left, one that failed back in the queue."""
     mine = {BUNDLE: bundle.fingerprint, EXECUTION: _execution(run)}
     for version in _versions(run.client, config):
-        if mine.items() <= version.tags.items() and version.tags.get(DECISION) in (PENDING, "failed"):
-            run.client.set_model_version_tag(version.name, version.version, DECISION, PENDING)
+        if mine.items() <= version.tags.items():
+            if version.tags.get(DECISION) == "failed":
+                run.client.set_model_version_tag(version.name, version.version, DECISION, PENDING)
             run.say(f"{config.model} version {version.version}, which an earlier attempt registered")
             return version
     return None
@@ -145,14 +173,15 @@ def _own(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVersion |
 
 def _execution(run: StageRun) -> str:
     """Name what all attempts at this promotion have in common."""
-    return run.pipeline or execution_tags("")["flyte.execution_id"]
+    tags = execution_tags("")
+    return run.pipeline or (run.run_id if tags["flyte.domain"] == "local" else tags["flyte.execution_id"])
 
 
 def _versions(client: MlflowClient, config: PromoteConfig) -> list[ModelVersion]:
     return all_pages(client.search_model_versions, f"name = '{config.model}'", max_results=1000)
 
 
-def _register(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVersion:
+def _register(run: StageRun, bundle: Bundle, config: PromoteConfig, until: str) -> ModelVersion:
     """Add a version that is pending: its number is its place in the queue."""
     logged = find_logged(run.client, bundle)
     if logged is not None:
@@ -172,7 +201,8 @@ def _register(run: StageRun, bundle: Bundle, config: PromoteConfig) -> ModelVers
                 BUNDLE: bundle.fingerprint,
                 EXECUTION: _execution(run),
                 "sidflow.promotion_run": run.run_id,
-            },
+            }
+            | ({UNTIL: until} if until else {}),
         )
     run.client.log_inputs(run.run_id, models=[LoggedModelInput(model_id)])
     run.say(f"{config.model} version {version.version}")

@@ -30,6 +30,7 @@ from components.folders import Artifact, ArtifactError
 from components.lineage import Named
 from tasks.runs import (
     BUNDLE,
+    answered_from_cache,
     everywhere,
     everywhere_one_store,
     get_run,
@@ -145,10 +146,19 @@ def _version(client: MlflowClient, named: str) -> ModelVersion:
 def _made_by(client: MlflowClient, run: Run, kind: str, name: str) -> str:
     """Go from a run to what it made, then to what it had read, then to those that made that, until the kind appears."""
     experiments = everywhere(client)
-    level = {by.info.run_id: by for by in [run, *stages_of(client, run), *_answered_from_cache(client, run)]}
+    level = {by.info.run_id: by for by in [run, *stages_of(client, run), *answered_from_cache(client, run)]}
     runs = dict(level)
     while level:
         made = {artifact: by for by in level.values() for artifact in tagged(by.data.tags, "output")}
+        # A table that another stage here made a new one from, as joint training or matching does, is not the last word.
+        replaced = {
+            read
+            for by in level.values()
+            for read in tagged(by.data.tags, "parent")
+            if read not in tagged(by.data.tags, "output")
+            and read.kind in {own.kind for own in tagged(by.data.tags, "output")}
+        }
+        made = {artifact: by for artifact, by in made.items() if artifact not in replaced}
         sources = [sources_of(client, experiments, by) for by in level.values()]
         makers = {maker for read in sources for maker in read.values() if maker}
         level = {maker: get_run(client, maker) for maker in sorted(makers - runs.keys())}
@@ -170,12 +180,6 @@ def _made_by(client: MlflowClient, run: Run, kind: str, name: str) -> str:
     raise ArtifactError(
         f"{name}: run {run.info.run_name!r} neither made an artefact of the kind {kind} nor came from one"
     )
-
-
-def _answered_from_cache(client: MlflowClient, pipeline: Run) -> list[Run]:
-    """Return the earlier runs of stages that left none in this execution, as the pipeline's run names them."""
-    named = {run for key, run in pipeline.data.tags.items() if key.startswith("produced_by.")}
-    return [get_run(client, run_id) for run_id in sorted(named)]
 
 
 def address_of(artifact: Named, maker: Run | None) -> str:

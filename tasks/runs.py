@@ -19,6 +19,8 @@ from tasks.home import home
 
 CHAMPION = "sidflow.champion"
 """Tag of a run that opened the model in use: which version it was."""
+UNTIL = "sidflow.until"
+"""Tag of a registered version: the moment up to which it knows events."""
 BUNDLE = "sidflow.bundle"
 """Tag of a logged model and of a registered version: fingerprint of the Bundle in it."""
 DIGEST = 16
@@ -169,6 +171,18 @@ def readers_of(client: MlflowClient, experiments: Sequence[str], artifact: Named
     query = f"dataset.digest = '{artifact.fingerprint[:DIGEST]}' and attributes.status = 'FINISHED'"
     found = all_pages(client.search_runs, list(experiments), query, order_by=["attributes.start_time ASC"])
     return [run for run in found if artifact in tagged(run.data.tags, "parent")]
+
+
+def answered_from_cache(client: MlflowClient, pipeline: Run) -> list[Run]:
+    """Return the earlier runs of stages that left none in this execution, as the pipeline's run names them.
+
+    What started from a champion names the stages of other executions too, which are no answers of the cache.
+    """
+    if CHAMPION in pipeline.data.tags:
+        return []
+    named = {run for key, run in pipeline.data.tags.items() if key.startswith("produced_by.")}
+    own = {run.info.run_id for run in stages_of(client, pipeline)}
+    return [get_run(client, run_id) for run_id in sorted(named - own)]
 
 
 def stages_of(client: MlflowClient, pipeline: Run) -> list[Run]:

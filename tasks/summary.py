@@ -14,6 +14,14 @@ WIDTH = 100
 """Columns of a log file, which has no width of its own."""
 
 
+def screen(width: int = WIDTH, *, soft_wrap: bool = True) -> Console:
+    """Return the terminal, or a page of so many columns where a log file has no width of its own."""
+    found = Console(soft_wrap=soft_wrap, highlight=False)
+    if not found.is_terminal:
+        found.width = width
+    return found
+
+
 def show_summary(
     comparison: Comparison,
     collisions: Sequence[tuple[str, CollisionReport]],
@@ -33,9 +41,7 @@ def show_summary(
     run_id : str
         MLflow run of the pipeline.
     """
-    console = Console(soft_wrap=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(soft_wrap=True, highlight=False, width=WIDTH)
+    console = screen()
     console.print(table(comparison))
     found = comparison.differences["seen"].unique().to_list()
     block = comparison.differences.filter(seen="kept" if "kept" in found else "excluded")

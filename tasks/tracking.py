@@ -34,6 +34,7 @@ from tasks.lineage import trace
 from tasks.origin import code_tags, execution_tags, versions
 from tasks.runs import (
     DIGEST,
+    all_pages,
     everywhere,
     everywhere_one_store,
     get_run,
@@ -479,7 +480,7 @@ def fail_execution(error: str) -> list[str]:
     client = open_store()
     execution = execution_tags("")["flyte.execution_id"]
     query = f"tags.`flyte.execution_id` = '{execution}' and attributes.status = 'RUNNING'"
-    runs = client.search_runs(everywhere(client), query)
+    runs = all_pages(client.search_runs, everywhere(client), query)
     for run in runs:
         _close(client, run.info.run_id, "FAILED", run.info.run_name, error)
     return [run.info.run_id for run in runs]

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from workflows.schedules import Schedules, load_schedules
+from workflows.schedules import Domain, Schedules, load_schedules
 
 SHIPPED = Path(__file__).parents[1] / "workflows" / "schedules.yaml"
 DOMAINS = list(Schedules.model_fields)
+SCHEDULED = ("nightly", "weekly")
+PLANS = Domain.model_fields.keys() - {"notify"}
 
 
 @pytest.fixture
@@ -38,10 +40,12 @@ def unnamed(monkeypatch):
 
 def test_no_domain_writes_into_the_experiment_or_moves_the_champion_of_another() -> None:
     shipped = load_schedules()
-    for plan in ("nightly", "weekly"):
-        configs = [getattr(getattr(shipped, domain), plan).config for domain in DOMAINS]
-        for one, other in combinations(configs, 2):
-            assert one.name != other.name and one.promote.model != other.promote.model
+    for one, other in combinations([getattr(shipped, domain) for domain in DOMAINS], 2):
+        names, models = [], []
+        for domain in (one, other):
+            names.append({getattr(domain, plan).config.name for plan in PLANS})
+            models.append({getattr(domain, plan).config.promote.model for plan in SCHEDULED})
+        assert names[0].isdisjoint(names[1]) and models[0].isdisjoint(models[1])
 
 
 def test_both_schedules_of_a_domain_work_on_one_model() -> None:
@@ -50,10 +54,11 @@ def test_both_schedules_of_a_domain_work_on_one_model() -> None:
         assert section.nightly.config == section.weekly.config
 
 
-def test_nobody_is_written_to_before_addresses_are_filled_in() -> None:
+def test_nobody_is_written_to_and_nothing_runs_by_itself_before_the_file_is_filled_in() -> None:
     for domain in DOMAINS:
-        notify = getattr(load_schedules(), domain).notify
-        assert not (notify.email or notify.slack or notify.pagerduty)
+        section = getattr(load_schedules(), domain)
+        assert not (section.notify.email or section.notify.slack or section.notify.pagerduty)
+        assert not (section.nightly.active or section.weekly.active)
 
 
 def test_another_file_is_read_where_one_is_named(altered) -> None:

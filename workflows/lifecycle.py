@@ -6,7 +6,6 @@ from typing import Annotated
 
 from flytekit import task
 from flytekit.types.error import FlyteError
-from rich.console import Console
 
 from components.artifacts import Bundle, CollisionReport, Comparison
 from components.folders import Artifact
@@ -15,7 +14,8 @@ from components.metrics.figures import comparison_figure
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.model import measure_model
-from tasks.summary import WIDTH, show_summary
+from tasks.summary import screen as screen
+from tasks.summary import show_summary
 from tasks.tracking import fail_execution, finish_pipeline, record_result, start_pipeline
 from workflows.config import PipelineConfig
 
@@ -85,12 +85,6 @@ def close_run(
     collisions = [report for _, report in tables]
     stages = finish_pipeline(run_id, [comparison, *collisions, model, *others])
     show_summary(comparison, tables, stages, run_id)
-
-
-def screen() -> Console:
-    """Return the terminal, or a page where a log file has no width of its own."""
-    found = Console(soft_wrap=True, highlight=False)
-    return found if found.is_terminal else Console(soft_wrap=True, highlight=False, width=WIDTH)
 
 
 @task(**runtime.CPU)

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
-from rich.console import Console
 
 from components.lineage import lineage_figure, lineage_tree
 from tasks.lineage import lineage_of
+from tasks.summary import screen
 
 WIDTH = 1000
 """Columns of a file, where nothing is cut."""
@@ -34,10 +34,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, MlflowException) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=WIDTH)
-    console.print(lineage_tree(lineage))
+    screen(WIDTH).print(lineage_tree(lineage))
     return 0
 
 

@@ -128,7 +128,7 @@ def new_items(config: PipelineConfig, until: datetime | None = None) -> Night:
     """
     dated = as_of(config=config, until=until)
     run_id = start_run(workflow="new_items", config=dated)
-    champion = open_champion(config=dated.promote, run_id=run_id)
+    champion = open_champion(config=dated.promote, ingest=dated.ingest, run_id=run_id)
     log, catalog = ingest_onto(catalog=champion.catalog, config=dated.ingest, run_id=run_id)
     log, catalog = set_aside(
         log=log, catalog=catalog, known=champion.catalog, encoder=champion.encoder, run_id=run_id
@@ -167,7 +167,15 @@ def new_items(config: PipelineConfig, until: datetime | None = None) -> Night:
     )
     comparison = compare_reports(reports=[report], config=dated.compare, run_id=run_id)
     model = bundle("extended", run_id, named, recommender)
-    promotion = promote(bundle=model, report=report, split=held, config=dated.promote, run_id=run_id)
+    promotion = promote(
+        bundle=model,
+        report=report,
+        split=held,
+        config=dated.promote,
+        run_id=run_id,
+        base=champion.version,
+        until=champion.until,
+    )
     finish_night(
         run_id=run_id,
         comparison=comparison,

@@ -18,6 +18,7 @@ from components.artifacts import (
     TokenizerCheckpoint,
 )
 from components.data.ingest import IngestConfig
+from components.tokenizers.matching import unlike
 from tasks import runtime
 from tasks.champion import find_names
 from tasks.data import Ingested, ingest, ingest_onto
@@ -25,6 +26,7 @@ from tasks.evaluation import compare_reports
 from tasks.flyte_types import by_content
 from tasks.new_items import match_names
 from tasks.promotion import promote
+from tasks.tracking import mark_pipeline
 from workflows.as_of import as_of
 from workflows.config import PipelineConfig
 from workflows.lifecycle import close_run, record_failure, screen, start_run
@@ -65,7 +67,7 @@ def keep_names(
     sids: Annotated[SidTable, by_content],
     run_id: str = "",
 ) -> Kept:
-    """Match a retrained tokenizer with the names in use, or leave it as it is if there are none.
+    """Match a retrained tokenizer with the names in use, or leave it as it is if there are none, or none of its form.
 
     Args:
         old: Folder of the SidTable in use; or none.
@@ -74,6 +76,9 @@ def keep_names(
         run_id: MLflow run of the pipeline; leave it out to run alone.
     """
     if not old:
+        return Kept(tokenizer, sids, [])
+    if different := unlike(old[0], sids):
+        mark_pipeline(run_id, "names_lost", {"match_names": different})
         return Kept(tokenizer, sids, [])
     named = match_names(old=old[0], tokenizer=tokenizer, sids=sids, run_id=run_id)
     return Kept(named.tokenizer, named.sids, [named.churn])
@@ -142,7 +147,7 @@ def retrain(config: PipelineConfig, until: datetime | None = None) -> Comparison
     """
     dated = as_of(config=config, until=until)
     run_id = start_run(workflow="retrain", config=dated)
-    used = find_names(config=dated.promote, run_id=run_id)
+    used = find_names(config=dated.promote, ingest=dated.ingest, run_id=run_id)
     log, catalog = read_onto(known=used.catalogs, config=dated.ingest, run_id=run_id)
     data = prepare(dated, run_id, log, catalog)
     learned, assigned = learn_names(dated, run_id, data)
@@ -152,7 +157,13 @@ def retrain(config: PipelineConfig, until: datetime | None = None) -> Comparison
     comparison = compare_reports(reports=[trained.report], config=dated.compare, run_id=run_id)
     model = bundle("two-stage", run_id, named, trained.recommender)
     promotion = promote(
-        bundle=model, report=trained.report, split=data.split, config=dated.promote, run_id=run_id
+        bundle=model,
+        report=trained.report,
+        split=data.split,
+        config=dated.promote,
+        run_id=run_id,
+        base=used.version,
+        until=used.until,
     )
     finish_training(
         run_id=run_id,

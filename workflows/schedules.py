@@ -87,7 +87,7 @@ class Domain(Config):
     """Train again."""
     backfill: Windows
     """Run the pipeline as of many days; on demand."""
-    quickstart: Launch = Launch()
+    quickstart: Launch
     """The joint workflow; on demand, with other settings if wanted."""
 
 

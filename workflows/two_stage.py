@@ -4,10 +4,9 @@ from flytekit import workflow
 
 from components.artifacts import Comparison
 from tasks.evaluation import compare_reports
-from tasks.model import log_model
 from workflows.config import PipelineConfig
 from workflows.lifecycle import finish_run, record_failure, start_run
-from workflows.steps import name_items, train_and_evaluate
+from workflows.steps import bundle, name_items, train_and_evaluate
 
 
 @workflow(on_failure=record_failure)
@@ -21,16 +20,7 @@ def two_stage(config: PipelineConfig) -> Comparison:
     named = name_items(config, run_id)
     trained = train_and_evaluate(config, run_id, named)
     comparison = compare_reports(reports=[trained.report], config=config.compare, run_id=run_id)
-    model = log_model(
-        name="two-stage",
-        catalog=named.catalog,
-        split=named.split,
-        encoder=named.encoder,
-        tokenizer=named.tokenizer,
-        sids=named.sids,
-        recommender=trained.recommender,
-        run_id=run_id,
-    )
+    model = bundle("two-stage", run_id, named, trained.recommender)
     finish_run(
         run_id=run_id,
         comparison=comparison,

@@ -36,7 +36,7 @@ class Window(Config):
     items: int | None = None
     """Items of the catalogue as it was then."""
     new_items: int | None = None
-    """Items that the window before did not have; null in the first."""
+    """Items that the last window before it, of those not skipped, did not have; null in the first of them."""
     test_users: int | None = None
     """Users with a target in the test window."""
     skipped: str = ""
@@ -162,7 +162,8 @@ def skipped(windows: Sequence[Window]) -> list[str]:
 
 CAPTION = (
     "until: nothing at or after this day was read. users: with a target in the test window before it. "
-    "new: items that the row before did not have. Value and 95 % interval over test users."
+    "new: items that the last window before it, of those not skipped, did not have. "
+    "Value and 95 % interval over test users."
 )
 
 

@@ -9,7 +9,6 @@ import polars as pl
 import torch
 
 from components.artifacts import ContentEmbeddings, SidTable, TokenizerCheckpoint
-from components.config import require
 from components.folders import ArtifactError, Provenance
 from components.tokenizers.build import load_tokenizer
 from components.tokenizers.sids import (
@@ -48,8 +47,8 @@ def extend(
     previous : SidTable
         The table, of n items.
     config : SidConfig
-        ``length`` holds for newcomers, ``suffix_size`` must be the table's. ``assignment`` and ``suffix_order`` do not
-        matter, nor does ``other_embeddings``: the rows themselves are compared.
+        ``length`` holds for newcomers. The rest does not matter: a table's symbols cannot grow, so ``suffix_size`` is
+        the table's, and the rows themselves are compared, whatever ``other_embeddings`` says.
     known : ContentEmbeddings
         What the table was made from, to compare the first n rows with: nothing else tells another encoder, or a
         catalogue numbered anew, of which names would be nonsense.
@@ -63,8 +62,6 @@ def extend(
     ------
     ArtifactError
         Tokenizer, table and embeddings do not belong together, or the first rows are not those of ``known``.
-    ValueError
-        ``suffix_size`` is not the table's.
     OverfullBucket
         Newcomers without a free suffix; nothing is named then. The message counts them, and names the fullest bucket.
     """
@@ -79,21 +76,16 @@ def extend(
             f"embeddings of {len(x_ND)} items and {x_ND.shape[1]} columns do not extend a table of {old} items whose "
             f"tokenizer reads {checkpoint.input_dim} columns: encode the grown catalogue with the old encoder"
         )
-    require(
-        config.suffix_size == previous.suffix_size,
-        f"sids.suffix_size is {config.suffix_size}, the table has {previous.suffix_size}: symbols would mean others; "
-        "keep the table's, or train again",
-    )
     _check_known(known, embeddings, previous, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    rule = config.model_copy(update={"assignment": "nearest"})
+    rule = config.model_copy(update={"assignment": "nearest", "suffix_size": previous.suffix_size})
     shortest = space_of(previous).shortest or len(previous.codebook_sizes)
     newcomers = code_lists(name_items(tokenizer, x_ND[old:], rule, shortest), first=old)
     frame = pl.concat([previous.codes.select("item_id", "codes"), newcomers])
-    _check_room(frame, config.suffix_size, old)
+    _check_room(frame, previous.suffix_size, old)
     return replace(
         previous,
-        codes=keep_suffixes(frame, previous, previous.codebook_sizes, config.suffix_size),
+        codes=keep_suffixes(frame, previous, previous.codebook_sizes, previous.suffix_size),
         provenance=Provenance(
             config=rule.model_dump(mode="json"),
             parents={

@@ -223,14 +223,21 @@ def _changed(old: SidTable, later: SidTable) -> list[float]:
     return [float(part.mean()) for part in (whole, moved_M, *moved_ML.T)]
 
 
+def unlike(old: SidTable, new: SidTable) -> str:
+    """Say why no name of one table can be a name of the other, or nothing where it can."""
+    shapes = [(len(table.codebook_sizes), table.shared) for table in (old, new)]
+    if shapes[0] == shapes[1]:
+        return ""
+    return (
+        f"the tables have {shapes[0][0]} and {shapes[1][0]} levels, one codebook for all of them: {shapes[0][1]} and "
+        f"{shapes[1][1]}; no name of one is a name of the other"
+    )
+
+
 def _shared(old: SidTable, new: SidTable) -> tuple[Codes, Codes]:
     """Return the codes (M, L) of the items that both tables have: those of the old one."""
-    shapes = [(len(table.codebook_sizes), table.shared) for table in (old, new)]
-    require(
-        shapes[0] == shapes[1],
-        f"the tables have {shapes[0][0]} and {shapes[1][0]} levels, one codebook for all of them: {shapes[0][1]} and "
-        f"{shapes[1][1]}; no name of one is a name of the other: retrain with as many levels, or without matching",
-    )
+    different = unlike(old, new)
+    require(not different, f"{different}: retrain with as many levels, or without matching")
     require(
         new.num_items >= old.num_items,
         f"the old table has {old.num_items} items, the new one {new.num_items}: items are shared by their ids, so "

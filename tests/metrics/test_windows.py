@@ -73,6 +73,18 @@ def test_a_survey_finds_what_each_day_alone_finds(planted) -> None:
     assert before
 
 
+def test_new_items_are_counted_from_the_last_window_that_was_not_skipped(planted, tmp_path) -> None:
+    ends = moments(START, START + timedelta(days=100), 20)
+    quiet = [int(ends[place].timestamp()) for place in (2, 3)]
+    events = pl.read_csv(planted.source.interactions.path)
+    events.filter(~pl.col("timestamp").is_between(*quiet)).write_csv(tmp_path / "events.csv")
+    interactions = planted.source.interactions.model_copy(update={"path": str(tmp_path / "events.csv")})
+    source = planted.source.model_copy(update={"interactions": interactions})
+    *_, before, skipped, window, _ = survey(planted.model_copy(update={"source": source}), SPLIT, ends)
+    assert skipped.skipped and not before.skipped
+    assert window.new_items == window.items - before.items > 0, "a catalogue only grows"
+
+
 def test_what_is_wrong_with_the_data_themselves_is_no_want_of_data(planted, tmp_path) -> None:
     events = pl.read_csv(planted.source.interactions.path)
     latest = events.group_by("item_id").agg(pl.col("timestamp").min()).sort("timestamp")["item_id"][-1]

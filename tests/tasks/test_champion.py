@@ -1,12 +1,14 @@
 """The model in use, opened through a real registry."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import polars as pl
 import pytest
 import torch
 
 from components.artifacts import Bundle, ContentEmbeddings, ItemCatalog, RecommenderCheckpoint, SidTable
+from components.data.ingest import IngestConfig
 from components.embeddings import LsaConfig, fit_encoder
 from components.metrics.promotion import PromoteConfig
 from components.recommenders.causal import CausalConfig
@@ -16,10 +18,12 @@ from components.training.recommender import RecommenderStage, train_recommender
 from tasks.champion import find_names, in_use, open_champion, trained_table
 from tasks.model import log_bundle
 from tasks.new_items import extend_sids
-from tasks.runs import BUNDLE, CHAMPION, everywhere_one_store, open_store
+from tasks.runs import BUNDLE, CHAMPION, UNTIL, everywhere_one_store, open_store
 from tasks.tracking import start_pipeline, tracked
 
 CONFIG = PromoteConfig()
+DAY = datetime(2024, 5, 2, tzinfo=UTC)
+READ = IngestConfig(until=DAY)
 STAGE = RecommenderStage.model_validate(
     {
         "model": CausalConfig(dim=16, layers=1, heads=2, head_dim=8, hidden=32).model_dump(),
@@ -72,11 +76,11 @@ def grown(tiny, items: int) -> tuple[ItemCatalog, ContentEmbeddings]:
 
 def test_no_model_and_a_model_without_the_alias_are_no_champion(flyte_home, tiny, trained):
     assert in_use(open_store(), CONFIG) is None
-    assert find_names(config=CONFIG) == ([], [])
+    assert find_names(config=CONFIG, ingest=READ) == ([], [], "none", DAY.isoformat())
     register(bundle_of(tiny, trained), alias=False)
     assert in_use(open_store(), CONFIG) is None
     with pytest.raises(Exception, match="'sidflow' holds the alias 'champion': the first training makes it"):
-        open_champion(config=CONFIG)
+        open_champion(config=CONFIG, ingest=READ)
 
 
 def test_the_parts_of_the_champion_come_with_what_its_table_was_made_from(flyte_home, tiny, trained):
@@ -84,15 +88,32 @@ def test_the_parts_of_the_champion_come_with_what_its_table_was_made_from(flyte_
     made("assign_sids", tiny.sids)
     register(bundle_of(tiny, trained))
     pipeline = start_pipeline("new_items", "nights", CONFIG)
-    found = open_champion(config=CONFIG, run_id=pipeline)
+    found = open_champion(config=CONFIG, ingest=READ, run_id=pipeline)
     assert found.sids.fingerprint == found.trained_sids.fingerprint == tiny.sids.fingerprint
     assert found.embeddings.fingerprint == tiny.embeddings.fingerprint
     assert found.trained_catalog.fingerprint == found.catalog.fingerprint == tiny.catalog.fingerprint
     assert found.recommender.fingerprint == trained.fingerprint
     assert open_store().get_run(pipeline).data.tags[CHAMPION] == "mlflow:sidflow/1"
-    names = find_names(config=CONFIG)
+    names = find_names(config=CONFIG, ingest=READ)
     assert [table.fingerprint for table in names.sids] == [tiny.sids.fingerprint]
     assert [catalog.fingerprint for catalog in names.catalogs] == [tiny.catalog.fingerprint]
+
+
+def test_a_run_of_an_earlier_day_than_the_champions_is_refused(flyte_home, tiny, trained):
+    """It would serve older names again, and the champion may have been trained on what it is tested on."""
+    made("assemble_embeddings", tiny.embeddings)
+    made("assign_sids", tiny.sids)
+    register(bundle_of(tiny, trained))
+    client = open_store()
+    client.set_model_version_tag("sidflow", "1", UNTIL, "2024-05-02T00:00:00+00:00")
+    for opening in (open_champion, find_names):
+        found = opening(config=CONFIG, ingest=READ)
+        assert (found.version, found.until) == ("1", DAY.isoformat())
+        opening(config=CONFIG, ingest=IngestConfig())  # without a day it is today
+        with pytest.raises(
+            Exception, match="version 1 of sidflow, which is in use, knows events until 2024-05-02"
+        ):
+            opening(config=CONFIG, ingest=IngestConfig(until=datetime(2024, 5, 1, tzinfo=UTC)))
 
 
 def test_the_alias_is_read_anew_each_time(flyte_home, tiny, trained):
@@ -123,7 +144,7 @@ def test_a_table_goes_back_over_its_extensions_to_the_last_training(flyte_home, 
     )
     bound = replace(trained, sids=table.fingerprint)
     register(bundle_of(tiny, bound, catalog=catalog, sids=table, popularity=popularity))
-    found = open_champion(config=CONFIG)
+    found = open_champion(config=CONFIG, ingest=READ)
     assert found.sids.num_items == 145 and found.trained_sids.fingerprint == tiny.sids.fingerprint
     assert found.embeddings.fingerprint == known.fingerprint
     assert found.trained_catalog.fingerprint == tiny.catalog.fingerprint

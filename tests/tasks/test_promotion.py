@@ -165,6 +165,20 @@ def test_a_report_of_another_model_and_a_split_of_another_catalogue_are_refused(
     assert not open_store().search_registered_models()
 
 
+def test_a_model_that_was_built_on_another_than_the_one_in_use_is_refused(flyte_home, tiny, bundles, reports):
+    """Two runs began from version 1 (or from nothing): the second to end would undo what the first has done."""
+    config = PromoteConfig()
+    worse, better = (
+        {"bundle": bundle, "report": report, "split": tiny.split, "config": config}
+        for bundle, report in ((bundles[1], reports[1]), (bundles[0], reports[0]))
+    )
+    assert promote(**worse, base="none").promoted
+    late = promote(**better, base="none")
+    assert not late.promoted and late.reason == "refused: built on none, version 1 is in use"
+    assert promote(**better, base="1").promoted
+    assert str(champion_of().version) == "3"
+
+
 def test_an_alias_that_somebody_moves_meanwhile_is_compared_with_anew(
     flyte_home, tiny, bundles, reports, monkeypatch
 ):
@@ -233,8 +247,9 @@ def test_a_second_attempt_goes_on_with_the_version_of_the_first(
     with monkeypatch.context() as patch, pytest.raises(Exception, match="machine lost"):
         patch.setattr(MlflowClient, "set_registered_model_alias", moved_and_lost)
         promote(**given)
-    done = promote(**given)
+    done, again = promote(**given), promote(**given)  # the second after all was said: the answer was lost
     assert done.promoted and done.version == 1
+    assert again.fingerprint == done.fingerprint and done.figures["value"] > 0
     assert len(open_store().search_model_versions("name = 'sidflow'")) == 1
     version = champion_of()
     assert version.tags[DECISION] == "promoted"

@@ -2,6 +2,7 @@ import os
 import re
 import shutil
 from concurrent import futures
+from dataclasses import replace
 from typing import Annotated
 
 import boto3
@@ -30,7 +31,7 @@ from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.model import log_bundle
 from tasks.references import locate
-from tasks.runs import BUNDLE, everywhere_one_store, open_store
+from tasks.runs import BUNDLE, CHAMPION, everywhere_one_store, open_store
 from tasks.store import local, publish, stored_at
 from tasks.tracking import finish_pipeline, start_pipeline, tracked
 
@@ -111,10 +112,7 @@ def test_a_run_is_linked_to_the_runs_that_it_read_from(chain):
 
 def test_a_run_stands_for_what_it_read_itself_also_if_no_run_made_it(chain, tiny):
     """Not for another of the kind, further up."""
-    by_hand = SidTable(
-        **{name: getattr(tiny.sids, name) for name in ("codes", "codebook_sizes", "shared", "tokenizer")},
-        suffix_size=64,
-    )
+    by_hand = replace(tiny.sids, suffix_size=64)
     scored = made("analyze", [], [by_hand, tiny.tokenizer])
     assert at(f"mlflow:{scored}", SidTable) == by_hand.fingerprint
 
@@ -125,10 +123,7 @@ def test_an_attempt_that_failed_stands_for_nothing(chain, tiny):
         run.output(tiny.sids)
         raise RuntimeError("lost")
     made("assign_sids", [tiny.sids], [], pipeline)
-    other = SidTable(
-        **{name: getattr(tiny.sids, name) for name in ("codes", "codebook_sizes", "shared", "tokenizer")},
-        suffix_size=64,
-    )
+    other = replace(tiny.sids, suffix_size=64)
     with pytest.raises(RuntimeError), tracked("assign_sids", None, pipeline) as run:
         run.output(other)
         raise RuntimeError("lost")
@@ -142,12 +137,28 @@ def test_a_pipeline_stands_for_its_stages_and_for_those_that_the_cache_answered(
     assert at(f"mlflow:{pipeline}", TokenizerCheckpoint) == tiny.tokenizer.fingerprint
 
 
+def test_a_pipeline_stands_for_the_last_of_several_that_were_made_of_one_another(chain, tiny):
+    """As joint training, matching and extending do with the table before."""
+    pipeline = start_pipeline("joint", "sidflow", Settings())
+    other = replace(tiny.sids, suffix_size=64)
+    made("assign_sids", [tiny.sids], [tiny.tokenizer], pipeline)
+    made("fit_jointly", [other], [tiny.tokenizer, tiny.sids], pipeline)
+    assert at(f"mlflow:{pipeline}", SidTable) == other.fingerprint
+
+
+def test_a_pipeline_that_opened_the_champion_stands_for_its_own_stages(chain, tiny):
+    """Its run names the stages of the training as well, which are where the champion came from."""
+    pipeline = start_pipeline("new_items", "sidflow", Settings())
+    open_store().set_tag(pipeline, CHAMPION, "mlflow:shop/1")
+    grown = replace(tiny.sids, suffix_size=64)
+    made("extend_sids", [grown], [tiny.sids, tiny.tokenizer], pipeline)
+    finish_pipeline(pipeline, [grown])
+    assert at(f"mlflow:{pipeline}", SidTable) == grown.fingerprint
+
+
 def test_two_tables_of_one_pipeline_must_be_told_apart(chain, tiny, live_sids):
     pipeline = start_pipeline("joint", "sidflow", Settings())
-    other = SidTable(
-        **{name: getattr(tiny.sids, name) for name in ("codes", "codebook_sizes", "shared", "tokenizer")},
-        suffix_size=64,
-    )
+    other = replace(tiny.sids, suffix_size=64)
     runs = [
         made("assign_sids", [tiny.sids], [], pipeline),
         made("fit_jointly", [other, tiny.tokenizer], [], pipeline),

@@ -171,10 +171,15 @@ def test_what_does_not_belong_to_the_table_is_refused() -> None:
         extend(tokenizer, embeddings_of(vectors(59)), before, CONFIG, KNOWN)
     with pytest.raises(ArtifactError, match="are not what the SidTable of 60 items was made from"):
         extend(tokenizer, GROWN, before, CONFIG, embeddings_of(vectors(59)))
-    with pytest.raises(ValueError, match="suffix_size is 64, the table has 40: symbols would mean others"):
-        extend(tokenizer, GROWN, before, SidConfig(suffix_size=64), KNOWN)
-    with pytest.raises(ValueError, match="suffix_size is 1, the table has 40"):  # not that buckets overflow
-        extend(tokenizer, GROWN, before, SidConfig(suffix_size=1), KNOWN)
+
+
+@pytest.mark.parametrize("wanted", [1, 64])
+def test_the_suffixes_of_a_table_are_as_many_as_it_was_made_with(wanted: int) -> None:
+    """Whatever the settings say by now: its symbols cannot grow."""
+    tokenizer = checkpoint()
+    before = assign(tokenizer, KNOWN, CONFIG)
+    after = extend(tokenizer, GROWN, before, SidConfig(suffix_size=wanted), KNOWN)
+    assert after.fingerprint == extend(tokenizer, GROWN, before, CONFIG, KNOWN).fingerprint
 
 
 def test_a_catalogue_numbered_anew_is_refused_by_its_first_row() -> None:

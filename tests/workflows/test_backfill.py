@@ -1,5 +1,6 @@
 """The backfill on planted data: one run over three windows, of which the first has too little data."""
 
+from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
 
 import polars as pl
@@ -8,12 +9,14 @@ from click.testing import CliRunner
 from flytekit import FlyteContextManager
 from flytekit.clis.sdk_in_container import pyflyte
 from flytekit.configuration import Image, ImageConfig, SerializationSettings
+from flytekit.tools.translator import get_serializable
 
 from components.metrics.windows import Window
+from tasks.backfill import survey_windows
 from tasks.lineage import lineage_of
 from tasks.runs import open_store
 from workflows.as_of import as_of
-from workflows.backfill import ALL_WINDOWS, backfill, run_windows
+from workflows.backfill import backfill, run_windows
 from workflows.two_stage import two_stage
 
 FIRST = datetime(2020, 9, 15, tzinfo=UTC)
@@ -161,7 +164,11 @@ def test_on_a_cluster_windows_run_side_by_side_without_a_time_limit(settings) ->
         )
     assert [node.workflow_node.sub_workflow_ref.name for node in spec.nodes] == [two_stage.name] * 2
     assert not any(node.upstream_node_ids for node in spec.nodes)
-    assert ALL_WINDOWS["timeout"] == timedelta(0)
+    limits = [
+        get_serializable(OrderedDict(), serialization, one).template.metadata.timeout
+        for one in (run_windows, survey_windows)
+    ]
+    assert limits[0] == timedelta(0) < limits[1]
 
 
 def test_dates_are_given_on_the_command_line_as_days(settings, tmp_path) -> None:

@@ -134,7 +134,9 @@ def test_the_quickstart_runs_on_demand_with_settings_that_may_be_changed_at_laun
     plan = spec("development", "quickstart")
     assert plan.workflow_id.name == joint.name and not plan.entity_metadata.HasField("schedule")
     assert not plan.fixed_inputs.literals
-    assert config_of(defaults(plan)["config"]) == load_preset(PipelineConfig, "quickstart")
+    assert config_of(defaults(plan)["config"]) == load_preset(
+        PipelineConfig, "quickstart", ["name=development"]
+    )
 
 
 def test_whoever_is_named_hears_of_failures_and_of_success_if_asked():
@@ -158,10 +160,11 @@ def test_whoever_is_named_hears_of_failures_and_of_success_if_asked():
 @pytest.mark.parametrize("into", DOMAINS)
 def test_stages_at_a_time_and_what_is_switched_on_are_those_of_the_domain(into):
     settings = getattr(load_schedules(), into)
-    for plan, section in zip(shipped(into), ("nightly", "weekly", "backfill", "quickstart"), strict=True):
-        assert spec(into, plan.name).max_parallelism == getattr(settings, section).max_parallelism
-        on = section in ("nightly", "weekly") and into != "development"
-        assert plan.should_auto_activate is on
+    weekly = settings.weekly.model_copy(update={"active": True})
+    made = plans_of(settings.model_copy(update={"weekly": weekly}))
+    for plan, section in zip(made, ("nightly", "weekly", "backfill", "quickstart"), strict=True):
+        assert to_proto(plan).spec.max_parallelism == getattr(settings, section).max_parallelism
+        assert plan.should_auto_activate is (section == "weekly")
 
 
 def test_the_domain_is_the_one_that_is_registered_for(monkeypatch):
@@ -210,7 +213,8 @@ def test_a_plan_called_in_python_keeps_its_settings_and_reads_what_was_known_on_
     preset.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     scheduled = {"preset": str(preset), "overrides": ["name=operated"], "cron": "0 2 * * *"}
     windows = {"preset": str(preset), "first": "2020-10-01", "last": "2020-10-01"}
-    made = plans_of(Domain.model_validate({"nightly": scheduled, "weekly": scheduled, "backfill": windows}))
+    sections = {"nightly": scheduled, "weekly": scheduled, "backfill": windows, "quickstart": {}}
+    made = plans_of(Domain.model_validate(sections))
     made.weekly(until=datetime(2020, 10, 20))
     client = open_store()
     experiment = client.get_experiment_by_name("operated").experiment_id

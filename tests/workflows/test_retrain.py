@@ -112,3 +112,14 @@ def test_a_failure_in_the_middle_leaves_the_champion(trainings, growing_settings
     run = pipeline()
     assert run.info.status == "FAILED" and not {"fit_recommender", "promote"} & stages(run).keys()
     assert champion().fingerprint == trainings[2][1].fingerprint
+
+
+def test_codes_of_another_form_are_trained_on_without_the_old_names(trainings, growing_settings):
+    """Otherwise nobody could ever add a level."""
+    retrain(
+        config=growing_settings(tokenizer={"model": {"kind": "rkmeans", "codebook_sizes": [8, 8, 4]}}),
+        until=QUIET,
+    )
+    run = pipeline()
+    assert run.info.status == "FINISHED" and "match_names" not in stages(run)
+    assert "have 2 and 3 levels" in run.data.tags["sidflow.names_lost.match_names"]
