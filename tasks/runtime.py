@@ -48,7 +48,7 @@ class Tier(Config):
     gpu: int = Field(0, ge=0)
     """GPUs."""
     retries: int = Field(1, ge=0)
-    """How often a failed stage is tried again."""
+    """How often a stage is tried again that lost its machine; an error of the stage itself is final."""
     timeout_minutes: int = Field(120, ge=1)
     """Longest run of a stage."""
 
