@@ -14,7 +14,6 @@ from components.metrics.figures import comparison_figure
 from tasks import runtime
 from tasks.flyte_types import by_content
 from tasks.model import measure_model
-from tasks.summary import screen as screen
 from tasks.summary import show_summary
 from tasks.tracking import fail_execution, finish_pipeline, record_result, start_pipeline
 from workflows.config import PipelineConfig

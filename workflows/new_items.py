@@ -33,10 +33,11 @@ from tasks.evaluation import compare_reports
 from tasks.flyte_types import by_content
 from tasks.new_items import extend_recommender, extend_sids, report_drift
 from tasks.promotion import promote
+from tasks.summary import screen
 from tasks.tracking import mark_pipeline
 from workflows.as_of import as_of
 from workflows.config import PipelineConfig
-from workflows.lifecycle import close_run, record_failure, screen, start_run
+from workflows.lifecycle import close_run, record_failure, start_run
 from workflows.steps import Data, bundle, check_names, evaluate
 
 
