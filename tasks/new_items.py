@@ -20,7 +20,7 @@ from components.pages.names import churn_page, drift_page
 from components.recommenders import extend as binding
 from components.tokenizers import matching
 from components.tokenizers.extend import extend
-from components.tokenizers.sids import SidConfig
+from components.tokenizers.sids import OverfullBucket, SidConfig
 from tasks import runtime
 from tasks.decks import show
 from tasks.flyte_types import by_content
@@ -58,7 +58,11 @@ def extend_sids(
     """
     read = [tokenizer, sids, known, embeddings]
     with tracked(f"extend_sids {name}".strip(), config, run_id, read) as run:
-        grown = extend(tokenizer, embeddings, sids, config, known)
+        try:
+            grown = extend(tokenizer, embeddings, sids, config, known)
+        except OverfullBucket as error:  # the drift report behind this stage would never say so
+            run.mark("retraining_due", str(error))
+            raise
         newcomers = grown.num_items - sids.num_items
         run.metrics({"items": grown.num_items, "newcomers": newcomers})
         run.say(f"{newcomers:,} newcomers named, {sids.num_items:,} names as they were")

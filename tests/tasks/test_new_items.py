@@ -105,6 +105,21 @@ def test_newcomers_go_from_text_to_a_recommender_and_a_mark_says_when_training_i
     assert len(runs("growing")) == len(by_name)  # equal inputs are answered from the cache
 
 
+def test_newcomers_without_a_free_suffix_end_the_night_with_the_mark_that_training_is_due(
+    before: Trained, flyte_home
+) -> None:
+    encoder, known, tokenizer, sids, catalog = before
+    full = replace(sids, suffix_size=int(sids.codes["suffix"].max()) + 1)  # type: ignore[operator]
+    embeddings = assemble([encode_shard(encoder, catalog, 0, 1)], catalog, encoder)
+    pipeline = start_pipeline("new_items", "full", SIDS)
+    with pytest.raises(Exception, match="newcomers find no free suffix"):
+        extend_sids(
+            tokenizer=tokenizer, sids=full, known=known, embeddings=embeddings, config=SIDS, run_id=pipeline
+        )
+    marked = open_store().get_run(pipeline).data.tags["sidflow.retraining_due.extend_sids"]
+    assert "A full retraining is due" in marked
+
+
 def test_a_retrained_tokenizer_gets_its_old_labels_back(before: Trained, flyte_home) -> None:
     known, tokenizer, sids = before.known, before.tokenizer, before.sids
     again = relabel(replace(tokenizer, steps=7), [torch.arange(8).roll(turn) for turn in (1, 2, 3)])
