@@ -1,5 +1,6 @@
 """Configuration: closed, frozen models, YAML presets and dotted overrides."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -98,6 +99,31 @@ def load_preset(model: type[C], preset: str | Path, overrides: Sequence[str] = (
     except ValidationError as error:
         rules = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path}: settings that do not fit {model.__name__}:\n{rules}") from error
+
+
+def load_named(model: type[C], variable: str, default: Path) -> C:
+    """Read the file that an environment variable names, or the default.
+
+    Parameters
+    ----------
+    model : type
+        The configuration class to validate against.
+    variable : str
+        Environment variable; unset or empty means the default.
+    default : Path
+        The shipped file.
+
+    Raises
+    ------
+    FileNotFoundError
+        The variable names no file.
+    ValueError
+        A setting does not fit; the message names file and key.
+    """
+    named = os.environ.get(variable)
+    if named and not Path(named).is_file():
+        raise FileNotFoundError(f"{variable}={named}: no such file")
+    return load_preset(model, named or default)
 
 
 def describe(model: type[Config], prefix: str = "") -> list[str]:

@@ -62,7 +62,7 @@ def adopt_windows(run_id: str) -> int:
         f"tags.`flyte.execution_id` = '{execution_tags('')['flyte.execution_id']}' and "
         f"tags.`sidflow.workflow` = 'two_stage' and attributes.start_time >= {parent.info.start_time}"
     )
-    found = all_pages(client.search_runs, [parent.info.experiment_id], query)
+    found = list(all_pages(client.search_runs, [parent.info.experiment_id], query))
     for run in found:
         day = run.data.params["ingest.until"].strip('"')[:10]
         link = {"mlflow.parentRunId": run_id, "sidflow.backfill": run_id}

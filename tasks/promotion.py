@@ -178,7 +178,7 @@ def _execution(run: StageRun) -> str:
 
 
 def _versions(client: MlflowClient, config: PromoteConfig) -> list[ModelVersion]:
-    return all_pages(client.search_model_versions, f"name = '{config.model}'", max_results=1000)
+    return list(all_pages(client.search_model_versions, f"name = '{config.model}'", max_results=1000))
 
 
 def _register(run: StageRun, bundle: Bundle, config: PromoteConfig, until: str) -> ModelVersion:

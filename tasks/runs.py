@@ -75,15 +75,14 @@ def everywhere_one_store() -> Iterator[None]:
         mlflow.set_tracking_uri(before)
 
 
-def all_pages(search: Callable[..., Any], *arguments: object, **options: object) -> list[Any]:
-    """Return all that a search finds, page after page: MLflow cuts at 1,000 and says nothing."""
-    found: list[Any] = []
+def all_pages(search: Callable[..., Any], *arguments: object, **options: object) -> Iterator[Any]:
+    """Give all that a search finds, a page as it is needed: MLflow cuts at 1,000 and says nothing."""
     token = None
     while True:
         page = search(*arguments, page_token=token, **options)
-        found += page
+        yield from page
         if not (token := page.token):
-            return found
+            return
 
 
 def everywhere(client: MlflowClient) -> list[str]:
@@ -189,4 +188,4 @@ def stages_of(client: MlflowClient, pipeline: Run) -> list[Run]:
     """Return the stages that finished inside the execution whose parent run this is, the earliest first."""
     query = f"tags.`mlflow.parentRunId` = '{pipeline.info.run_id}' and attributes.status = 'FINISHED'"
     order = ["attributes.start_time ASC"]
-    return all_pages(client.search_runs, [pipeline.info.experiment_id], query, order_by=order)
+    return list(all_pages(client.search_runs, [pipeline.info.experiment_id], query, order_by=order))

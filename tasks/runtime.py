@@ -1,6 +1,5 @@
 """What stages ask of Flyte: image, resources, retries, timeouts and caching. The one place for them."""
 
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from flytekit.core import local_cache
 from flytekit.deck import DeckField
 from pydantic import Field
 
-from components.config import Config, load_preset
+from components.config import Config, load_named
 from tasks.home import home
 
 
@@ -76,10 +75,7 @@ def load_runtime() -> Runtime:
     ValueError
         A setting does not fit; the message names file and key.
     """
-    named = os.environ.get("SIDFLOW_RESOURCES")
-    if named and not Path(named).is_file():
-        raise FileNotFoundError(f"SIDFLOW_RESOURCES={named}: no such file")
-    return load_preset(Runtime, named or Path(__file__).with_name("resources.yaml"))
+    return load_named(Runtime, "SIDFLOW_RESOURCES", Path(__file__).with_name("resources.yaml"))
 
 
 def task_options(runtime: Runtime, tier: Tier) -> dict[str, Any]:

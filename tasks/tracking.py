@@ -480,7 +480,7 @@ def fail_execution(error: str) -> list[str]:
     client = open_store()
     execution = execution_tags("")["flyte.execution_id"]
     query = f"tags.`flyte.execution_id` = '{execution}' and attributes.status = 'RUNNING'"
-    runs = all_pages(client.search_runs, everywhere(client), query)
+    runs = list(all_pages(client.search_runs, everywhere(client), query))  # closing them changes the pages
     for run in runs:
         _close(client, run.info.run_id, "FAILED", run.info.run_name, error)
     return [run.info.run_id for run in runs]

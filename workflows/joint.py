@@ -5,11 +5,9 @@ from flytekit import workflow
 from components.artifacts import Comparison
 from tasks.evaluation import compare_reports, evaluate_recommender
 from tasks.joint import fit_jointly
-from tasks.model import log_model
-from tasks.tokenizer import analyze_collisions
 from workflows.config import PipelineConfig
 from workflows.lifecycle import finish_run, record_failure, start_run
-from workflows.steps import name_items, train_and_evaluate
+from workflows.steps import bundle, check_names, name_items, train_and_evaluate
 
 
 @workflow(on_failure=record_failure)
@@ -32,16 +30,7 @@ def joint(config: PipelineConfig) -> Comparison:
         run_id=run_id,
     )
     named.collisions >> recommender
-    collisions = analyze_collisions(
-        name="joint",
-        tokenizer=tokenizer,
-        sids=sids,
-        catalog=named.catalog,
-        embeddings=named.embeddings,
-        log=named.log,
-        config=config.collisions,
-        run_id=run_id,
-    )
+    moved = check_names("joint", config, run_id, named, tokenizer, sids)
     report = evaluate_recommender(
         name="joint",
         recommender=recommender,
@@ -53,21 +42,12 @@ def joint(config: PipelineConfig) -> Comparison:
         run_id=run_id,
     )
     comparison = compare_reports(reports=[trained.report, report], config=config.compare, run_id=run_id)
-    model = log_model(
-        name="joint",
-        catalog=named.catalog,
-        split=named.split,
-        encoder=named.encoder,
-        tokenizer=tokenizer,
-        sids=sids,
-        recommender=recommender,
-        run_id=run_id,
-    )
+    model = bundle("joint", run_id, moved, recommender)
     finish_run(
         run_id=run_id,
         comparison=comparison,
         names=["two-stage", "joint"],
-        collisions=[named.collisions, collisions],
+        collisions=[named.collisions, moved.collisions],
         model=model,
     )
     return comparison

@@ -7,7 +7,7 @@ from typing import Annotated
 from flytekit import CronSchedule, FlyteContextManager
 from pydantic import AfterValidator, Field, model_validator
 
-from components.config import Config, load_preset
+from components.config import Config, load_named, load_preset
 from components.data.times import Moment
 from components.metrics.windows import moments
 from workflows.config import PipelineConfig
@@ -112,10 +112,7 @@ def load_schedules() -> Schedules:
     ValueError
         A setting does not fit; the message names file and key.
     """
-    named = os.environ.get("SIDFLOW_SCHEDULES")
-    if named and not Path(named).is_file():
-        raise FileNotFoundError(f"SIDFLOW_SCHEDULES={named}: no such file")
-    return load_preset(Schedules, named or Path(__file__).with_name("schedules.yaml"))
+    return load_named(Schedules, "SIDFLOW_SCHEDULES", Path(__file__).with_name("schedules.yaml"))
 
 
 def domain() -> str:

@@ -72,7 +72,7 @@ def learn_names(config: Promise, run_id: Promise, data: Data) -> tuple[Promise, 
 
 
 def check_names(
-    name: str, config: Promise, run_id: Promise, data: Data, tokenizer: Promise, sids: Promise
+    name: str, config: Promise, run_id: Promise, data: Data | Named, tokenizer: Promise, sids: Promise
 ) -> Named:
     """Describe collisions and let the run end where the SIDs have collapsed."""
     collisions = analyze_collisions(
@@ -85,7 +85,9 @@ def check_names(
         config=config.collisions,
         run_id=run_id,
     )
-    return Named(*data, tokenizer, sids, collisions)
+    return Named(
+        data.log, data.catalog, data.split, data.encoder, data.embeddings, tokenizer, sids, collisions
+    )
 
 
 class Evaluated(NamedTuple):

@@ -7,8 +7,10 @@ from typing import Any
 
 import polars as pl
 import pytest
+from mlflow.entities import Run
 
 from components.data.planted import plant
+from tasks.runs import open_store
 from workflows.config import PipelineConfig
 
 
@@ -92,3 +94,11 @@ def growing_settings(planted_settings: Callable[..., PipelineConfig]) -> Callabl
         return planted_settings(**values | changes)
 
     return make
+
+
+def latest_pipeline() -> Run:
+    """Return the MLflow run of the latest execution on the planted files."""
+    client = open_store()
+    experiment = client.get_experiment_by_name("planted").experiment_id
+    query = "tags.`sidflow.workflow` != ''"
+    return client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])[0]

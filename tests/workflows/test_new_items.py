@@ -15,7 +15,7 @@ from tasks.runs import CHAMPION, everywhere_one_store, open_store, stages_of
 from workflows.new_items import new_items
 from workflows.retrain import retrain
 
-from .conftest import NEXT, NIGHT, QUIET, TRAINED
+from .conftest import NEXT, NIGHT, QUIET, TRAINED, latest_pipeline
 
 
 class After(NamedTuple):
@@ -35,16 +35,8 @@ class After(NamedTuple):
         }
 
 
-def pipeline() -> Run:
-    """Return the run of the latest execution."""
-    client = open_store()
-    experiment = client.get_experiment_by_name("planted").experiment_id
-    query = "tags.`sidflow.workflow` != ''"
-    return client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])[0]
-
-
 def stages() -> dict[str, Run]:
-    return {run.info.run_name: run for run in stages_of(open_store(), pipeline())}
+    return {run.info.run_name: run for run in stages_of(open_store(), latest_pipeline())}
 
 
 def champion() -> tuple[int, Bundle]:
@@ -57,10 +49,10 @@ def nights(growing_settings) -> list[After]:
     """The first training, and the three nights after it."""
     config, found = growing_settings(), []
     retrain(config=config, until=TRAINED)
-    found.append(After(pipeline(), *champion(), None))
+    found.append(After(latest_pipeline(), *champion(), None))
     for until in (NIGHT, NEXT, QUIET):
         result = new_items(config=config, until=until)
-        found.append(After(pipeline(), *champion(), result.drift))
+        found.append(After(latest_pipeline(), *champion(), result.drift))
         assert result.sids.fingerprint == found[-1].bundle.sids.fingerprint
         assert result.promotion.version == found[-1].version
     return found
@@ -72,7 +64,7 @@ def test_without_a_champion_the_run_fails_and_says_how_the_first_is_made(growing
         Exception, match="no version of the model 'nobody' holds the alias 'champion'.*retrain"
     ):
         new_items(config=nobody, until=NIGHT)
-    run = pipeline()
+    run = latest_pipeline()
     assert run.info.status == "FAILED" and "retrain.py" in run.data.tags["error.message"]
 
 
@@ -178,8 +170,8 @@ def test_a_night_on_which_nothing_changed_keeps_the_champion_and_says_so(nights,
     assert not result.promotion.promoted and result.promotion.reason.startswith("kept: version 4")
     assert champion()[0] == 4
     assert len(open_store().search_model_versions("name = 'sidflow'")) == 4
-    assert pipeline().info.status == "FINISHED"
-    assert pipeline().data.tags[
+    assert latest_pipeline().info.status == "FINISHED"
+    assert latest_pipeline().data.tags[
         "sidflow.retraining_due.report_drift"
     ]  # though the report came from the cache
     page = " ".join(capsys.readouterr().out.split())
@@ -198,5 +190,5 @@ def test_a_failure_in_the_middle_leaves_the_champion(nights, growing_settings):
     strict = growing_settings(collisions={"max_collision_rate": 0.01, "watch_collision_rate": 0.01})
     with pytest.raises(Exception, match="collapsed"):
         new_items(config=strict, until=QUIET)
-    assert pipeline().info.status == "FAILED" and "promote" not in stages()
+    assert latest_pipeline().info.status == "FAILED" and "promote" not in stages()
     assert champion()[0] == 4

@@ -11,15 +11,7 @@ from tasks.runs import CHAMPION, open_store, stages_of
 from workflows.new_items import new_items
 from workflows.retrain import retrain
 
-from .conftest import NEXT, QUIET, TRAINED
-
-
-def pipeline():
-    """Return the run of the latest execution."""
-    client = open_store()
-    experiment = client.get_experiment_by_name("planted").experiment_id
-    query = "tags.`sidflow.workflow` != ''"
-    return client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])[0]
+from .conftest import NEXT, QUIET, TRAINED, latest_pipeline
 
 
 def stages(run) -> dict:
@@ -35,11 +27,11 @@ def trainings(growing_settings):
     """The run of each training, and the model in use after it; between them a night with new items."""
     config = growing_settings()
     assert isinstance(retrain(config=config, until=TRAINED), Comparison)
-    first = pipeline(), champion()
+    first = latest_pipeline(), champion()
     new_items(config=config, until=NEXT)
-    night = pipeline(), champion()
+    night = latest_pipeline(), champion()
     retrain(config=config, until=QUIET)
-    return first, night, (pipeline(), champion())
+    return first, night, (latest_pipeline(), champion())
 
 
 def test_the_first_training_needs_no_model_and_makes_one(trainings):
@@ -109,7 +101,7 @@ def test_a_failure_in_the_middle_leaves_the_champion(trainings, growing_settings
     strict = growing_settings(collisions={"max_collision_rate": 0.01, "watch_collision_rate": 0.01})
     with pytest.raises(Exception, match="collapsed"):
         retrain(config=strict, until=QUIET)
-    run = pipeline()
+    run = latest_pipeline()
     assert run.info.status == "FAILED" and not {"fit_recommender", "promote"} & stages(run).keys()
     assert champion().fingerprint == trainings[2][1].fingerprint
 
@@ -120,6 +112,6 @@ def test_codes_of_another_form_are_trained_on_without_the_old_names(trainings, g
         config=growing_settings(tokenizer={"model": {"kind": "rkmeans", "codebook_sizes": [8, 8, 4]}}),
         until=QUIET,
     )
-    run = pipeline()
+    run = latest_pipeline()
     assert run.info.status == "FINISHED" and "match_names" not in stages(run)
     assert "have 2 and 3 levels" in run.data.tags["sidflow.names_lost.match_names"]

@@ -19,7 +19,6 @@ from components.artifacts import (
     RecommenderCheckpoint,
     SidTable,
 )
-from components.data.planted import plant
 from components.metrics.compare import CompareConfig
 from components.metrics.sids import CollapseError
 from tasks.evaluation import compare_reports
@@ -80,17 +79,9 @@ def stages(client: MlflowClient, run_id: str) -> Counter[str]:
 
 
 @pytest.fixture(scope="module")
-def data(module_home):
+def data(planted_files):
     """A planted log as a user would bring it: two csv files."""
-    log, catalog = plant(num_users=120, num_items=60)
-    names = log.events.join(log.users, on="user_id").join(
-        catalog.items.select("item_id", item="raw_id"), on="item_id"
-    )
-    names.select(user_id="raw_id", item_id="item", timestamp="timestamp").write_csv(
-        module_home / "events.csv"
-    )
-    catalog.items.select(item_id="raw_id", title="title").write_csv(module_home / "items.csv")
-    return module_home
+    return planted_files
 
 
 @pytest.fixture(scope="module")
